@@ -1,0 +1,49 @@
+"""Continual fine-tuning with `transformers.Trainer`: orthonormal, gradient-orthogonal LoRA that forgets less."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .callback import TaskSequenceCallback
+    from .config import EBLoRAConfig, Task, TaskSequence
+    from .metrics import ContinualMetrics, continual_metrics
+    from .sequence import PublishedSequence
+    from .trainer import ContinualEBLoRATrainer, ContinualMixin
+
+# imported at first use: `import eblora_hf` and `eblora --help` load neither torch nor transformers
+_MODULE_OF = {
+    "ContinualEBLoRATrainer": "trainer",
+    "ContinualMetrics": "metrics",
+    "ContinualMixin": "trainer",
+    "EBLoRAConfig": "config",
+    "PublishedSequence": "sequence",
+    "Task": "config",
+    "TaskSequence": "config",
+    "TaskSequenceCallback": "callback",
+    "continual_metrics": "metrics",
+}
+
+__all__ = [
+    "ContinualEBLoRATrainer",
+    "ContinualMetrics",
+    "ContinualMixin",
+    "EBLoRAConfig",
+    "PublishedSequence",
+    "Task",
+    "TaskSequence",
+    "TaskSequenceCallback",
+    "__version__",
+    "continual_metrics",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,115 @@
+"""
+Reads the constructor arguments of the trainer: what is not supported, which adapter is trained, which tasks are
+learnt.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from .config import Task, TaskSequence
+from .layers import AdaptedLayer
+
+
+def check_set_up(arguments: dict[str, Any]) -> None:
+    if arguments.get("model_init") is not None:
+        raise ValueError("`model_init` is not supported: a sequence continues one model. Pass `model=` instead.")
+    args = arguments.get("args")
+    if args is None:
+        return
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub=True is not supported yet: train with push_to_hub=False, then upload the adapters in "
+            f"{args.output_dir!r} with `huggingface_hub.upload_folder`."
+        )
+    for option, name in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
+        if getattr(args, option, None):
+            raise ValueError(
+                f"{name} is not supported: the constraint needs whole LoRA matrices in the optimizer, and {name} "
+                "splits or flattens them. Use DistributedDataParallel (plain `torchrun` or `accelerate launch`)."
+            )
+
+
+def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
+    if model is None:
+        raise ValueError("ContinualEBLoRATrainer needs a `model`.")
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError(
+                "The model already is a PeftModel, so `peft_config` would be ignored. Remove it, or pass the base "
+                "model (`model.unload()`)."
+            )
+        if len(model.active_adapters) != 1:
+            raise ValueError(
+                f"Expected one active adapter, got {model.active_adapters}: call `model.set_adapter(name)`."
+            )
+        return model
+    if peft_config is None:
+        raise ValueError(
+            "The model has no LoRA adapter. Add one line to the trainer's arguments:\n"
+            "    peft_config=LoraConfig(r=16, target_modules='all-linear'),"
+        )
+    return get_peft_model(model, peft_config)
+
+
+def check_fresh(layers: list[AdaptedLayer], adapter: str) -> None:
+    for layer in layers:
+        if not layer.lora_A.requires_grad:
+            raise ValueError(
+                f"The adapter {adapter!r} is frozen ({layer.name}). Load it with `is_trainable=True`, or pass the "
+                "base model and a `peft_config`."
+            )
+        if layer.lora_B.any():
+            raise ValueError(
+                f"The adapter {adapter!r} already holds a trained update ({layer.name}), which a new task would "
+                "overwrite: every task starts from a fresh adapter. Keep what it learnt with `model = "
+                "model.merge_and_unload()` and pass a `peft_config`, or continue a published sequence with "
+                "`sequence=…`."
+            )
+
+
+def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence | None:
+    """Reads the tasks out of the trainer's data arguments, and leaves there what the parent's constructor expects."""
+    train, evaluation = arguments.get("train_dataset"), arguments.get("eval_dataset")
+    if train is None:
+        return None
+    several = isinstance(train, (Mapping, TaskSequence))
+    if several and len(train) > 1 and (arguments.get("optimizers") or (None, None))[0] is not None:
+        raise ValueError(
+            "An optimizer object serves one task, but train_dataset holds several and each needs a fresh one. Pass "
+            "`optimizer_cls_and_kwargs=(cls, kwargs)` or `TrainingArguments(optim=…)` instead of `optimizers`."
+        )
+    if several and task_name is not None:
+        raise ValueError(f"task_name={task_name!r} names a single data set, but train_dataset holds tasks with names.")
+    if not several:
+        tasks = TaskSequence([Task(task_name or "task", train)])
+        if isinstance(evaluation, Mapping) and tasks.names[0] in evaluation:
+            tasks.tasks[0].eval_dataset = evaluation[tasks.names[0]]
+    else:
+        tasks = train if isinstance(train, TaskSequence) else TaskSequence(train)
+        own = {task.name: task.eval_dataset for task in tasks if task.eval_dataset is not None}
+        if own and evaluation is not None and not isinstance(evaluation, Mapping):
+            raise ValueError("eval_dataset must be a dict by task name when tasks bring evaluation sets of their own.")
+        if isinstance(evaluation, Mapping) or own:
+            evaluation = {**(evaluation or {}), **own}
+            missing = [name for name in tasks.names if name not in evaluation]
+            if missing:
+                raise ValueError(
+                    f"eval_dataset has no set for the task(s) {', '.join(missing)}; it has {', '.join(evaluation)}. "
+                    "Its keys are the names of the tasks (more are welcome)."
+                )
+            tasks = TaskSequence([dataclasses.replace(task, eval_dataset=evaluation[task.name]) for task in tasks])
+    for task in tasks:
+        if not hasattr(task.train_dataset, "__len__") or not hasattr(task.train_dataset, "__getitem__"):
+            raise ValueError(
+                f"The training set of {task.name!r} ({type(task.train_dataset).__name__}) has no length: the gradient "
+                "snapshot needs a map-style data set. Materialise the stream, or a part of it, as a datasets.Dataset."
+            )
+        if len(task.train_dataset) == 0:
+            raise ValueError(f"The training set of {task.name!r} is empty.")
+    arguments["train_dataset"] = tasks.tasks[0].train_dataset
+    if evaluation is not None:
+        arguments["eval_dataset"] = evaluation
+    return tasks

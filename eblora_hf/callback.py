@@ -1,0 +1,86 @@
+"""What happens between tasks: bases grow, the finished task is published, metrics are kept."""
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .composition import AdapterState
+from .sequence import PublishedSequence
+from .subspace import BasisExtension
+
+logger = logging.get_logger(__name__)
+
+
+class TaskSequenceCallback(TrainerCallback):
+    """
+    Holds what outlives a task: the bases of all tasks so far and the published sequence. The trainer calls `end_task`.
+
+    It also marks every entry of the log with the task it belongs to.
+
+    Args:
+        sequence ([`PublishedSequence`]): The sequence that tasks are appended to.
+
+    Attributes:
+        bases (`dict[str, torch.Tensor]`): Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far.
+        task_name (`str`, *optional*): The task being learnt.
+    """
+
+    def __init__(self, sequence: PublishedSequence):
+        self.sequence = sequence
+        self.bases = sequence.bases()
+        self.task_name: str | None = None
+
+    def begin_task(self, name: str) -> None:
+        self.task_name = name
+
+    def end_task(
+        self,
+        adapter: AdapterState,
+        config: LoraConfig,
+        extensions: dict[str, BasisExtension],
+        *,
+        steps: int,
+        metrics: dict[str, float],
+        training: dict,
+        write: bool = True,
+    ) -> None:
+        """
+        Extends the bases and appends the task to the sequence.
+
+        Args:
+            adapter (`dict[str, torch.Tensor]`): The task's folded adapter.
+            config (`LoraConfig`): The configuration it was trained with.
+            extensions (`dict[str, BasisExtension]`): What it adds to the basis of each layer.
+            steps (`int`), metrics (`dict[str, float]`), training (`dict`): For its record.
+            write (`bool`, defaults to `True`): Whether this process writes files.
+        """
+        capped = {name: extension.captured for name, extension in extensions.items() if extension.capped}
+        if capped:
+            name, captured = min(capped.items(), key=lambda item: item[1])
+            logger.warning(
+                f"Task {self.task_name!r}: the bases of {len(capped)} of {len(extensions)} layers reached their cap "
+                f"and hold less than the energy asked for, the worst {captured:.1%} ({name}). Those layers have "
+                "little room left: a smaller LoRA rank, `energy_threshold` or `max_basis_fraction` leaves more to "
+                "later tasks."
+            )
+        if write:
+            self.sequence.append(
+                self.task_name, adapter, config, extensions, steps=steps, metrics=metrics, training=training
+            )
+        for name, extension in extensions.items():
+            before = self.bases.get(name)
+            added = extension.columns.to("cpu", torch.float32)
+            self.bases[name] = added if before is None else torch.cat([before, added], dim=1)
+        self.task_name = None
+
+    def accuracy_matrix(self) -> np.ndarray:
+        """R[t][i], the accuracy on task i after learning task t, of shape `(T, T)`; NaN where it was not measured."""
+        names = self.sequence.names
+        rows = [[task.metrics.get(name, float("nan")) for name in names] for task in self.sequence.tasks]
+        return np.array(rows, dtype=np.float64).reshape(len(names), len(names))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.task_name is not None and state.log_history:
+            state.log_history[-1]["task"] = self.task_name

@@ -1,0 +1,138 @@
+"""Several tasks' updates on one model, exactly: folded scaling, concatenation, one frozen adapter of all earlier
+tasks.
+
+An adapter is a state dict by PEFT's file names (`base_model.model.<layer>.lora_A.weight`). Published ones are
+*folded*: B carries the scaling γ and `lora_alpha = r`, so ΔW = B A whatever the adapter was trained with. The sum of
+updates is then their concatenation, A stacked along its rows and B along its columns, without rounding.
+"""
+
+import copy
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+from .layers import AdaptedLayer
+
+EARLIER_TASKS = "earlier_tasks"
+_PREFIX = "base_model.model."
+
+AdapterState = dict[str, torch.Tensor]
+
+
+def folded_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> AdapterState:
+    """
+    The adapter of `layers` with the scaling folded into lora_B, and its `modules_to_save`, on the CPU.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By PEFT's file names.
+    """
+    state = get_peft_model_state_dict(model, adapter_name=layers[0].adapter)
+    for layer in layers:
+        key = f"{_PREFIX}{layer.name}.lora_B.weight"
+        state[key] = state[key] * layer.scaling
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+
+def folded_config(config: LoraConfig, adapter: AdapterState) -> LoraConfig:
+    """
+    The configuration of a folded adapter: ranks read from its tensors, every scaling 1.
+
+    Args:
+        config (`LoraConfig`): The configuration the adapter was trained with.
+        adapter (`dict[str, torch.Tensor]`): A folded adapter, or a concatenation of some.
+    """
+    ranks = {name: tensor.shape[0] for name, tensor in _factors(adapter, "lora_A").items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    folded = copy.deepcopy(config)
+    folded.r = folded.lora_alpha = common
+    folded.rank_pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    folded.alpha_pattern = dict(folded.rank_pattern)
+    folded.use_rslora = False
+    folded.lora_dropout = 0.0
+    folded.init_lora_weights = True
+    folded.inference_mode = True
+    return folded
+
+
+def concatenate(adapters: list[AdapterState]) -> AdapterState:
+    """
+    The exact sum of folded adapters as one adapter; `modules_to_save` are the last one's.
+
+    Raises:
+        ValueError: if the adapters are of different layers.
+    """
+    first, result = adapters[0], dict(adapters[-1])
+    for index, adapter in enumerate(adapters):
+        difference = set(_factors(first, "lora_A")) ^ set(_factors(adapter, "lora_A"))
+        if difference:
+            raise ValueError(
+                f"The tasks of a sequence must adapt the same layers, but task 0 and task {index} differ in "
+                f"{', '.join(sorted(difference))}. Use the `target_modules` of the earlier tasks."
+            )
+    for kind, dim in (("lora_A", 0), ("lora_B", 1)):
+        for name in _factors(first, kind):
+            key = f"{_PREFIX}{name}.{kind}.weight"
+            result[key] = torch.cat([adapter[key] for adapter in adapters], dim=dim)
+    return result
+
+
+def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> None:
+    """
+    Puts the earlier tasks beside a trainable adapter as one frozen adapter; both are active.
+
+    Args:
+        model (`PeftModel`): The model.
+        adapter (`str`): The trainable adapter. It keeps the `modules_to_save`.
+        earlier (`dict[str, torch.Tensor]`): Folded adapter, usually a concatenation.
+    """
+    if EARLIER_TASKS in model.peft_config:
+        model.delete_adapter(EARLIER_TASKS)
+    earlier = {key: value for key, value in earlier.items() if ".lora_A." in key or ".lora_B." in key}
+    config = folded_config(model.peft_config[adapter], earlier)
+    config.modules_to_save = None  # one owner of the head among the active adapters
+    # not model.add_adapter: task-specific classes would add their head to the configuration
+    PeftModel.add_adapter(model, EARLIER_TASKS, config)
+    _load(model, EARLIER_TASKS, earlier)
+    # the trainable one first: the Trainer saves and loads the first of several active adapters
+    model.base_model.set_adapter([adapter, EARLIER_TASKS])
+    model.set_requires_grad(EARLIER_TASKS, False)
+
+
+def replace_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
+    """
+    Replaces a trained adapter, and the earlier tasks beside it, by one adapter of the same name.
+
+    Args:
+        model (`PeftModel`): The model.
+        adapter (`str`): Name of the adapter.
+        state (`dict[str, torch.Tensor]`): Folded adapter with the `modules_to_save` of the old one, if it had any.
+    """
+    config = folded_config(model.peft_config[adapter], state)
+    stand_in = "replaced"  # PEFT wants one adapter to be active at any time
+    PeftModel.add_adapter(model, stand_in, LoraConfig(r=1, target_modules=config.target_modules))
+    model.set_adapter(stand_in)
+    for name in (adapter, EARLIER_TASKS):
+        if name in model.peft_config:
+            model.delete_adapter(name)
+    model.add_adapter(adapter, config)
+    _load(model, adapter, state)
+    model.set_adapter(adapter)
+    model.delete_adapter(stand_in)
+    model.set_requires_grad(adapter, False)
+
+
+def _load(model: PeftModel, adapter: str, state: AdapterState) -> None:
+    result = set_peft_model_state_dict(model, state, adapter_name=adapter)
+    if result.unexpected_keys:
+        raise ValueError(
+            f"The adapter does not fit the model, which has no {', '.join(result.unexpected_keys)}. Load the base "
+            "model and the `target_modules` that it was trained with."
+        )
+
+
+def _factors(adapter: AdapterState, kind: str) -> AdapterState:
+    """lora_A or lora_B of an adapter by layer name."""
+    suffix = f".{kind}.weight"
+    return {
+        key.removeprefix(_PREFIX).removesuffix(suffix): value for key, value in adapter.items() if key.endswith(suffix)
+    }

@@ -1,0 +1,229 @@
+"""Options of a continual run, and the sequence of tasks it learns."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Optional
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclasses.dataclass
+class EBLoRAConfig:
+    """
+    Options of continual fine-tuning, beside the stock `TrainingArguments`. Usable with `HfArgumentParser`.
+
+    Args:
+        method (`str`, defaults to `"eblora"`): `"eblora"`, `"ebo"` (no gradient subspace) or `"lora"` (sequential
+            LoRA).
+        direction_lr (`float` or `"auto"`, defaults to `"auto"`): Step of U and V per optimizer step, without
+            dimension: under an optimizer whose updates are normalised element-wise the increment is `direction_lr`/√d
+            times the update divided by its learning rate, so `learning_rate` has no influence on it while its schedule
+            has. `"auto"` is 25 / steps of the task, at most 0.5.
+        scale_lr (`float` or `"auto"`, defaults to `"auto"`): Learning rate of s, on the main schedule. `"auto"` is
+            1.2 / steps of the task, at most 0.05.
+        scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
+        energy_threshold (`float`, defaults to 0.99): Share ε of a task's gradient energy that its basis must hold.
+        max_basis_fraction (`float`, defaults to 1.0): Cap on the columns of a basis, as a share of d_in. Whatever it
+            is, `r` directions are left free for the next task.
+        snapshot_fraction (`float`, defaults to 0.2): Share of a task's data that its gradient snapshots use.
+        snapshot_sampling (`str`, defaults to `"random"`): `"random"` with the seed of the arguments, or `"even"`
+            spacing as in the released code.
+        snapshot_at (`str`, defaults to `"current"`): Weights at which snapshots are taken: `"current"`, or
+            `"pretrained"` as in the released code.
+        init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.
+        init_scale_beta (`float`, defaults to 0.008): How much larger |s| is at the last block.
+        num_layers (`int`, *optional*): Number of blocks in that rule, by default the model's own (the released code:
+            32).
+        tangent (`str`, defaults to `"canonical"`): Map of an increment to the tangent space, `"canonical"` as released
+            or the `"orthogonal"` projection.
+        step_scaling (`str`, defaults to `"dimensionless"`): `"dimensionless"` as above, or the increment of the
+            optimizer times √(`step_constant`/r) (`"rank"`, the released code), √(`step_constant`/d) (`"rows"`) or 1
+            (`"none"`).
+        step_constant (`float`, defaults to 4096.0): Constant of the released scalings.
+    """
+
+    method: Literal["eblora", "ebo", "lora"] = dataclasses.field(
+        default="eblora", metadata={"help": "Continual-learning method."}
+    )
+    direction_lr: str = dataclasses.field(
+        default="auto", metadata={"help": "Dimensionless step of U and V, or 'auto' (25 / steps)."}
+    )
+    scale_lr: str = dataclasses.field(
+        default="auto", metadata={"help": "Learning rate of the scales s, or 'auto' (1.2 / steps)."}
+    )
+    scale_weight_decay: float = dataclasses.field(default=0.0, metadata={"help": "Decoupled weight decay of s."})
+    energy_threshold: float = dataclasses.field(
+        default=0.99, metadata={"help": "Share of gradient energy a basis must hold."}
+    )
+    max_basis_fraction: float = dataclasses.field(
+        default=1.0, metadata={"help": "Cap on the columns of a basis, as a share of d_in."}
+    )
+    snapshot_fraction: float = dataclasses.field(
+        default=0.2, metadata={"help": "Share of a task's data used by its gradient snapshots."}
+    )
+    snapshot_sampling: Literal["random", "even"] = dataclasses.field(
+        default="random", metadata={"help": "How the samples of a snapshot are chosen."}
+    )
+    snapshot_at: Literal["current", "pretrained"] = dataclasses.field(
+        default="current", metadata={"help": "Weights at which snapshots are taken."}
+    )
+    init_scale_alpha: float = dataclasses.field(
+        default=0.002, metadata={"help": "|s| of the first block at the start of a task."}
+    )
+    init_scale_beta: float = dataclasses.field(
+        default=0.008, metadata={"help": "How much larger |s| is at the last block."}
+    )
+    num_layers: Optional[int] = dataclasses.field(  # noqa: UP045 - HfArgumentParser needs it on Python 3.10
+        default=None, metadata={"help": "Number of blocks in the rule for |s|; by default the model's own."}
+    )
+    tangent: Literal["canonical", "orthogonal"] = dataclasses.field(
+        default="canonical", metadata={"help": "Map of an increment to the tangent space."}
+    )
+    step_scaling: Literal["dimensionless", "rank", "rows", "none"] = dataclasses.field(
+        default="dimensionless", metadata={"help": "How an optimizer's increment becomes a step of U and V."}
+    )
+    step_constant: float = dataclasses.field(
+        default=4096.0, metadata={"help": "Constant c of the scalings 'rank' and 'rows'."}
+    )
+
+    def __post_init__(self):
+        for name in ("direction_lr", "scale_lr"):
+            setattr(self, name, check_rate(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            choices = getattr(field.type, "__args__", ())
+            if getattr(field.type, "__origin__", None) is Literal and getattr(self, field.name) not in choices:
+                raise ValueError(
+                    f"EBLoRAConfig({field.name}={getattr(self, field.name)!r}): expected one of {', '.join(choices)}."
+                )
+        for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in (0, 1].")
+        for name in ("scale_weight_decay", "init_scale_alpha", "init_scale_beta", "step_constant"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"EBLoRAConfig(num_layers={self.num_layers!r}): expected a positive number.")
+
+    @classmethod
+    def preset(cls, name: str) -> "EBLoRAConfig":
+        """
+        The released settings of a benchmark, as far as they are ours; s is the true singular value, hence already
+        multiplied by the released γ = lora_alpha / r.
+
+        Args:
+            name (`str`): `"ucit"` goes with `LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)` and
+                `learning_rate=2e-4, weight_decay=0.1` (2e-5 for the sixth task); `"mllm-dcl"` with
+                `LoraConfig(r=32, lora_alpha=160, lora_dropout=0.05)` and `learning_rate=2e-5`. Both use a cosine
+                schedule with `warmup_ratio=0.03`.
+
+        Raises:
+            ValueError: for any other name.
+        """
+        released = {
+            "step_scaling": "rank",
+            "snapshot_at": "pretrained",
+            "snapshot_sampling": "even",
+            "num_layers": 32,
+        }
+        if name == "ucit":
+            # γ = 2: s and its learning rate double, and the decay per step (their product) stays
+            return cls(**released, scale_lr=4e-4, scale_weight_decay=0.05, init_scale_alpha=0.0, init_scale_beta=0.0)
+        if name == "mllm-dcl":
+            return cls(**released, scale_lr=1e-4, init_scale_alpha=0.01, init_scale_beta=0.03)  # γ = 5
+        raise ValueError(f"EBLoRAConfig.preset({name!r}): expected 'ucit' or 'mllm-dcl'.")
+
+
+def check_rate(name: str, value: Any) -> float | str:
+    """A learning rate that may be `"auto"`, or a number given as text on a command line."""
+    if value == "auto":
+        return value
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0.0 < rate < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a positive number or 'auto'.")
+    return rate
+
+
+@dataclasses.dataclass
+class Task:
+    """
+    One task of a sequence. What is `None` comes from the arguments of the trainer.
+
+    Args:
+        name (`str`): Letters, digits, `.`, `_` and `-`; it becomes the name of a folder.
+        train_dataset: The training set, with a length.
+        eval_dataset (*optional*): The evaluation set of the task.
+        num_train_epochs (`float`, *optional*), max_steps (`int`, *optional*), learning_rate (`float`, *optional*):
+            Instead of those in `TrainingArguments`. Setting the epochs lifts `max_steps` of the arguments for this
+            task.
+        direction_lr (`float` or `"auto"`, *optional*), scale_lr (`float` or `"auto"`, *optional*):
+            Instead of those in [`EBLoRAConfig`].
+    """
+
+    name: str
+    train_dataset: Any
+    eval_dataset: Any = None
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    direction_lr: float | str | None = None
+    scale_lr: float | str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not _TASK_NAME.fullmatch(self.name) or self.name.endswith("."):
+            raise ValueError(
+                f"The task name {self.name!r} is not a safe folder name: use up to 64 letters, digits, '.', '_' and "
+                "'-', starting with a letter or digit."
+            )
+        if self.train_dataset is None:
+            raise ValueError(f"The task {self.name!r} has no training set.")
+        if self.num_train_epochs is not None and self.max_steps is not None:
+            raise ValueError(f"The task {self.name!r} sets both num_train_epochs and max_steps; set one.")
+        for name in ("num_train_epochs", "max_steps", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"The task {self.name!r} sets {name}={value!r}: expected a positive number.")
+        for name in ("direction_lr", "scale_lr"):
+            if getattr(self, name) is not None:
+                setattr(self, name, check_rate(name, getattr(self, name)))
+
+
+class TaskSequence:
+    """
+    Tasks in the order they are learnt.
+
+    Args:
+        tasks (`list[Task]` or `dict[str, dataset]`): Tasks, or training sets by task name.
+
+    Raises:
+        ValueError: if there is none, or two have the same name.
+    """
+
+    def __init__(self, tasks: list[Task] | Mapping[str, Any]):
+        if isinstance(tasks, Mapping):
+            tasks = [Task(name, dataset) for name, dataset in tasks.items()]
+        self.tasks = list(tasks)
+        for task in self.tasks:
+            if not isinstance(task, Task):
+                raise TypeError(f"A TaskSequence is made of Task objects, got {type(task).__name__}.")
+        if not self.tasks:
+            raise ValueError("A sequence needs at least one task, got none.")
+        seen = set()
+        for name in self.names:
+            if name.lower() in seen:  # folders on some file systems ignore case
+                raise ValueError(f"Two tasks are named {name!r}; every task needs a name of its own.")
+            seen.add(name.lower())
+
+    @property
+    def names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)

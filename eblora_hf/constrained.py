@@ -1,0 +1,97 @@
+"""The part of a `Trainer` that one task needs: its optimizer constrained, its constraint in every checkpoint."""
+
+import torch
+
+from .composition import EARLIER_TASKS
+from .constraint import StiefelConstraint
+from .factors import Factors, factors_from_state, load_state, save_state
+from .layers import AdaptedLayer
+from .methods import Method
+from .optimizers import plain_optimizer
+
+
+class ConstrainedMixin:
+    """
+    Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer stay on the manifold.
+
+    Attributes:
+        method ([`Method`]): What constrains the steps, if anything.
+        layers (`list[AdaptedLayer]`): The layers whose adapter is trained.
+        bases (`dict[str, torch.Tensor]`): Per layer name the basis of earlier tasks, `(d_in, p)`.
+        constraint ([`StiefelConstraint`], *optional*): The constraint, from the creation of the scheduler on.
+    """
+
+    method: Method
+    layers: list[AdaptedLayer]
+    bases: dict[str, torch.Tensor]
+    constraint: StiefelConstraint | None = None
+
+    def start_from(self, factors: dict[str, Factors]) -> None:
+        """Sets the factors that the next training starts from, and forgets the constraint before."""
+        self.constraint, self._factors, self._state = None, factors, None
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.method.constrained:
+            plain_optimizer(optimizer)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+        """
+        Builds the scheduler, and attaches the constraint now that the optimizer and the number of steps are known.
+        """
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.method.constrained:
+            if self.constraint is not None:  # a second attempt with a smaller batch (`auto_find_batch_size`)
+                self.constraint.detach()
+            self.constraint = self.method.constrain(
+                self.optimizer, self.layers, self._factors, self.bases, num_training_steps
+            )
+            if self._state is not None:
+                self.constraint.load_state_dict(self._state)
+        return scheduler
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """
+        One forward and backward pass; never without the constraint that the method needs.
+
+        The gradients that clipping and the logged `grad_norm` see are those of lora_A and lora_B, as in plain LoRA.
+        They become tangent vectors inside `optimizer.step`, where they are known to be synchronised, unscaled and
+        clipped.
+        """
+        if self.method.constrained and self.constraint is None:
+            raise RuntimeError(
+                "Training would run without its constraint: `create_scheduler` of ContinualMixin was not called. Call "
+                "super() in your override, and put ContinualMixin first among the base classes."
+            )
+        return super().training_step(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """No weight decay on constrained factors, whose norm is fixed."""
+        names = super().get_decay_parameter_names(model)
+        if not self.method.constrained:
+            return names
+        return [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # earlier tasks lie in the sequence already; inside a checkpoint they would be loaded as a further adapter
+        earlier = self.model.peft_config.pop(EARLIER_TASKS, None)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if earlier is not None:
+                self.model.peft_config[EARLIER_TASKS] = earlier
+        if self.constraint is not None and self.is_in_train and self.args.should_save:
+            save_state(self.constraint.state_dict(), output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.method.constrained:
+            self._state = load_state(resume_from_checkpoint)
+            self._factors = factors_from_state(self._state, self.layers)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.constraint is not None:
+            self.constraint.load_state_dict(load_state(self.state.best_model_checkpoint))

@@ -1,0 +1,124 @@
+"""The factorisation ΔW = s U Vᵀ of every layer's update, and its file beside a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from .layers import AdaptedLayer
+
+STATE_FILE = "eblora_state.safetensors"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """
+    The factorisation ΔW = s U Vᵀ of one layer's update.
+
+    Args:
+        U (`torch.Tensor` of shape `(d_out, r)`): Orthonormal columns.
+        V (`torch.Tensor` of shape `(d_in, r)`): Orthonormal columns.
+        s (`float`): All singular values of the update, up to the sign.
+    """
+
+    U: torch.Tensor
+    V: torch.Tensor
+    s: float
+
+
+class FactorStack:
+    """
+    Factors of one shape, stacked so that each operation is one batched call.
+
+    Args:
+        masters (`list[torch.Tensor]`): U or V of each factor, `(d, r)`, float32 or wider.
+        bases (`list[torch.Tensor]`, *optional*): Their bases, `(d, p)`.
+        parameters (`list[nn.Parameter]`): lora_B where the factor is U, lora_A where it is V.
+        layers (`list[int]`): Index of the layer of each factor.
+        is_v (`bool`): Whether the factors are V: its parameter lora_A is stored transposed.
+    """
+
+    def __init__(
+        self,
+        masters: list[torch.Tensor],
+        bases: list[torch.Tensor] | None,
+        parameters: list[nn.Parameter],
+        layers: list[int],
+        is_v: bool,
+    ):
+        self.x = torch.stack(masters)  # (n, d, r)
+        self.basis = None if bases is None else torch.stack(bases)  # (n, d, p)
+        self.parameters, self.layers, self.is_v = parameters, layers, is_v
+        # bf16 cannot hold a master, and a small increment on top of one would be lost to rounding: such a parameter
+        # goes through the optimizer's step as zero instead
+        self.lends_masters = parameters[0].dtype == self.x.dtype
+        self.active: list[int] = []  # factors whose parameter has a gradient in this step
+
+    def tall(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Stacks tensors shaped like the parameters into `(k, d, r)`, in the masters' dtype."""
+        stacked = torch.stack(tensors).to(self.x.dtype)
+        return stacked.mT if self.is_v else stacked
+
+    def like_parameter(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mT if self.is_v else x
+
+    def of_active(self, stacked: torch.Tensor | None) -> torch.Tensor | None:
+        return stacked if stacked is None or len(self.active) == len(self.parameters) else stacked[self.active]
+
+
+def factors_from_state(state: dict[str, torch.Tensor], layers: list[AdaptedLayer]) -> dict[str, Factors]:
+    """
+    The factors in a constraint's saved state, by layer name.
+
+    Raises:
+        ValueError: if the state is not of these layers; the message names the first one missing or of another shape.
+    """
+    check_state(state, layers)
+    return {
+        layer.name: Factors(state[f"{layer.name}.U"], state[f"{layer.name}.V"], state[f"{layer.name}.s"].item())
+        for layer in layers
+    }
+
+
+def check_state(state: dict[str, torch.Tensor], layers: list[AdaptedLayer]) -> None:
+    """Raises a `ValueError` if a constraint's saved state is not of these layers."""
+    for layer in layers:
+        expected = {"U": (layer.d_out, layer.rank), "V": (layer.d_in, layer.rank), "s": (1,)}
+        for key, shape in expected.items():
+            tensor = state.get(f"{layer.name}.{key}")
+            if tensor is None or tuple(tensor.shape) != shape:
+                found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"{STATE_FILE} does not belong to this model: expected {key} of {layer.name} with shape {shape}, "
+                    f"found {found}. Resume with the model, rank and target modules of the checkpoint."
+                )
+
+
+def save_state(state: dict[str, torch.Tensor], folder: str | Path) -> None:
+    """Saves a constraint's state into a checkpoint folder."""
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    safetensors.torch.save_file(state, Path(folder) / STATE_FILE)
+
+
+def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """
+    Reads a constraint's state from a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: if the checkpoint has none: it is incomplete or was written without a constraint.
+        ValueError: if the file is damaged.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: the checkpoint is incomplete, or was not written by this method. Without it U and s "
+            "cannot be recovered from the adapter. Delete the folder and resume from an earlier checkpoint."
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # safetensors raises its own type for every kind of damage
+        raise ValueError(
+            f"{path} is damaged ({error}). Delete the checkpoint folder and resume from an earlier one."
+        ) from error

@@ -1,0 +1,86 @@
+"""Which torch optimizers a constraint can serve, and how their steps are to be read."""
+
+import torch
+
+# Their updates are normalised element by element, so an update divided by its learning rate has entries of order one
+_NORMALISED = ("adam", "lion", "rmsprop", "adagrad", "adafactor", "ademamix")
+
+_REFUSED = {
+    "schedulefree": "the weights it evaluates are an average of its iterates, which leaves the manifold",
+    "lomo": "it updates the weights inside the backward pass, before a constraint can act",
+    "galore": "it projects gradients of its own choice, and layer-wise variants step inside the backward pass",
+    "apollo": "it projects gradients of its own choice, and layer-wise variants step inside the backward pass",
+    "layerwisedummy": "layer-wise optimizers step inside the backward pass, before a constraint can act",
+    "lbfgs": "it needs a closure, which recomputes gradients after they were projected",
+}
+
+
+def plain_optimizer(optimizer) -> torch.optim.Optimizer:
+    """
+    The torch optimizer under the wrapper of accelerate: only that one has step hooks.
+
+    Raises:
+        TypeError: if there is none.
+        ValueError: for a kind of optimizer that no constraint can follow; the message names it and the reason.
+    """
+    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        optimizer = optimizer.optimizer
+    for stem, reason in _REFUSED.items():
+        if stem in type(optimizer).__name__.lower().replace("_", ""):
+            raise ValueError(
+                f"The optimizer {type(optimizer).__name__} cannot be kept on the manifold: {reason}. Use for example "
+                "TrainingArguments(optim='adamw_torch')."
+            )
+    return optimizer
+
+
+def is_normalised(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer normalises its updates element by element (the Adam family, RMSprop, Lion, Adafactor…)."""
+    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    return any(stem in name for name in names for stem in _NORMALISED)
+
+
+class ParameterGroups:
+    """
+    Looks up the learning rates of an optimizer's groups: the current ones and those the schedule started from.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Its groups are looked up at every call, since `load_state_dict` replaces
+            them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self._group_of = {
+            id(parameter): index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
+        }
+        # a scheduler made before us has already scaled `lr` and kept the original
+        self._base_lr = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+
+    def __contains__(self, parameter: torch.nn.Parameter) -> bool:
+        return id(parameter) in self._group_of
+
+    def index(self, parameter: torch.nn.Parameter) -> int:
+        """The group of a parameter."""
+        return self._group_of[id(parameter)]
+
+    def base_lr(self, index: int) -> float:
+        """
+        The learning rate of a group before any schedule.
+
+        Raises:
+            ValueError: if it is not a positive number (Adafactor's relative steps, for instance).
+        """
+        lr = self._base_lr[index]
+        if lr is None or not float(lr) > 0:
+            raise ValueError(
+                f"The optimizer's learning rate for the LoRA factors is {lr}: a positive one is needed, since the "
+                "steps on the manifold follow its schedule. Set `learning_rate`."
+            )
+        return float(lr)
+
+    def schedule(self, index: int) -> float:
+        """The share of a group's learning rate that its schedule gives to the current step."""
+        return float(self.optimizer.param_groups[index]["lr"]) / self.base_lr(index)

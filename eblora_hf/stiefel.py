@@ -1,0 +1,167 @@
+"""Geometry of the Stiefel manifold St(d, r) = {X of shape (d, r) : XᵀX = I}, restricted to the complement of a basis.
+
+All functions are batched over leading dimensions and work in the dtype they are given. `x` is a tall factor `(..., d,
+r)` and `basis` an orthonormal basis F `(..., d, p)` of the directions to avoid, or `None`. Sources: EBLoRA (arXiv
+2602.00722) and, for the constraint through optimizer hooks, StelLA.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def restrict(z: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
+    """
+    Removes from the columns of `z` what lies in the span of `basis`: P_F Z = Z - F (Fᵀ Z).
+
+    Args:
+        z (`torch.Tensor` of shape `(..., d, r)`): Any tall matrices.
+        basis (`torch.Tensor` of shape `(..., d, p)`, *optional*): Orthonormal columns; `None` leaves `z` as it is.
+
+    Returns:
+        `torch.Tensor` of shape `(..., d, r)`.
+    """
+    if basis is None:
+        return z
+    return z - basis @ (basis.mT @ z)
+
+
+def canonical_tangent(x: torch.Tensor, z: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The released tangent map K_X(Z; F) = P_F Z - X (P_F Z)ᵀ X (gradient under the canonical metric).
+
+    It counts the rotation inside the span of X twice, hence is not idempotent; see [`orthogonal_tangent`].
+
+    Args:
+        x (`torch.Tensor` of shape `(..., d, r)`): Orthonormal factors.
+        z (`torch.Tensor` of shape `(..., d, r)`): Euclidean gradients or increments.
+        basis (`torch.Tensor` of shape `(..., d, p)`, *optional*): Directions to avoid.
+
+    Returns:
+        `torch.Tensor` of shape `(..., d, r)`.
+    """
+    z = restrict(z, basis)
+    return z - x @ (z.mT @ x)
+
+
+def orthogonal_tangent(x: torch.Tensor, z: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The orthogonal projection on the tangent space, P_F Z - X sym(Xᵀ P_F Z), as StelLA uses it.
+
+    Args and return value are those of [`canonical_tangent`].
+    """
+    z = restrict(z, basis)
+    inner = x.mT @ z  # (..., r, r)
+    return z - x @ ((inner + inner.mT) / 2)
+
+
+def polar_factor(y: torch.Tensor) -> torch.Tensor:
+    """
+    The orthonormal matrix nearest to `y` (its polar factor), Y (YᵀY)^(-1/2), without a singular value decomposition.
+
+    After a tangent step YᵀY = I + δᵀδ, so the Gram matrix never comes near singular and its eigendecomposition is
+    safe. One Newton-Schulz step afterwards takes the result to the rounding floor of the dtype.
+
+    Args:
+        y (`torch.Tensor` of shape `(..., d, r)`): Matrices of full column rank. A non-finite matrix gives NaN.
+
+    Returns:
+        `torch.Tensor` of shape `(..., d, r)` with orthonormal columns.
+    """
+    identity = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+    gram = y.mT @ y  # (..., r, r)
+    finite = torch.isfinite(gram).all(dim=(-2, -1), keepdim=True)
+    # eigh refuses non-finite input, which a diverged model is entitled to: such a matrix goes around it and stays NaN
+    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, gram, identity))
+    inverse_root = (vectors * eigenvalues.rsqrt().unsqueeze(-2)) @ vectors.mT
+    x = y @ inverse_root
+    x = x @ (1.5 * identity - 0.5 * (x.mT @ x))
+    return torch.where(finite, x, torch.nan)
+
+
+def polar_retraction(x: torch.Tensor, delta: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Moves from `x` along the tangent `delta` and comes back to the manifold: the polar factor of P_F (X + δ).
+
+    Args:
+        x (`torch.Tensor` of shape `(..., d, r)`): Orthonormal factors.
+        delta (`torch.Tensor` of shape `(..., d, r)`): Tangent vectors at `x`.
+        basis (`torch.Tensor` of shape `(..., d, p)`, *optional*): Directions to avoid; the result is orthogonal to
+            them even where `x` was not.
+
+    Returns:
+        `torch.Tensor` of shape `(..., d, r)`.
+    """
+    return polar_factor(restrict(x + delta, basis))
+
+
+def check_feasible(d: int, r: int, p: int = 0, name: str = "factor") -> None:
+    """
+    Raises if no `r` orthonormal directions exist in R^d outside a subspace of dimension `p`.
+
+    Raises:
+        ValueError: if `p + r > d`.
+    """
+    if p + r > d:
+        raise ValueError(
+            f"{name}: no {r} orthonormal directions are left in R^{d} outside a basis of {p} columns "
+            f"(p + r = {p + r} > d = {d}). Lower the LoRA rank `r`, the `energy_threshold` or `max_basis_fraction`."
+        )
+
+
+def check_factor(
+    x: torch.Tensor, basis: torch.Tensor | None = None, *, atol: float = 1e-5, explain: bool = False
+) -> bool | tuple[bool, str | None]:
+    """
+    Checks that `x` is orthonormal and orthogonal to `basis`.
+
+    Args:
+        x (`torch.Tensor` of shape `(..., d, r)`): Factors to check.
+        basis (`torch.Tensor` of shape `(..., d, p)`, *optional*): Directions that `x` must avoid.
+        atol (`float`, defaults to 1e-5): The largest deviation of an entry of XᵀX - I and of FᵀX that passes.
+        explain (`bool`, defaults to `False`): Also return what is violated and by how much.
+
+    Returns:
+        `bool`, or `(bool, str | None)` with `explain=True`.
+    """
+    orthonormality, restriction = factor_deviation(x, basis)
+    problems = []
+    if not orthonormality <= atol:  # written so that NaN fails
+        problems.append(f"columns are not orthonormal: max |XᵀX - I| = {orthonormality:.3e} > {atol:.1e}")
+    if not restriction <= atol:
+        problems.append(f"columns are not orthogonal to the basis: max |FᵀX| = {restriction:.3e} > {atol:.1e}")
+    return (not problems, "; ".join(problems) or None) if explain else not problems
+
+
+def factor_deviation(x: torch.Tensor, basis: torch.Tensor | None = None) -> tuple[float, float]:
+    """Returns `(max |XᵀX - I|, max |FᵀX|)` as floats, computed in float64."""
+    x = x.double()
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    orthonormality = (x.mT @ x - identity).abs().max().item()
+    if basis is None or basis.shape[-1] == 0:
+        return orthonormality, 0.0
+    return orthonormality, (basis.double().mT @ x).abs().max().item()
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Runs matrix products in true float32: TF32 keeps 10 bits of mantissa, orthonormality to 1e-3 only."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    if not backends:  # torch < 2.9 has one switch for all backends
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

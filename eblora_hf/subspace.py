@@ -1,0 +1,212 @@
+"""Orthonormal bases of the subspaces earlier tasks live in: the GPM energy rule, its extension, principal directions.
+
+A gradient G or weight W has shape `(d_out, d_in)`; every basis F lies on the input side and has shape `(d_in, p)` with
+orthonormal columns. Sources: GPM (arXiv 2103.09762), EBLoRA (arXiv 2602.00722), KeepLoRA for the rule on weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .stiefel import check_feasible, full_precision, polar_factor, restrict
+
+
+@dataclass(frozen=True)
+class BasisExtension:
+    """
+    What one task adds to the basis of one layer.
+
+    Args:
+        columns (`torch.Tensor` of shape `(d_in, k)`): New orthonormal columns, orthogonal to the basis before; k may
+            be 0.
+        captured (`float`): Share of the gradient's energy ‖G‖² inside the extended basis, between 0 and 1.
+        capped (`bool`): Whether the cap on the columns stopped the extension below the energy threshold.
+    """
+
+    columns: torch.Tensor
+    captured: float
+    capped: bool = False
+
+
+def extend_basis(
+    gradient: torch.Tensor,
+    basis: torch.Tensor | None = None,
+    *,
+    threshold: float = 0.99,
+    max_columns: int | None = None,
+    name: str = "gradient",
+) -> BasisExtension:
+    """
+    GPM's energy rule: the fewest new directions with which the basis holds at least `threshold` of the gradient's
+    energy.
+
+    With E = ‖G‖² and the residual R = G - (G F) Fᵀ of singular values σ, the basis already holds a₀ = (E - ‖R‖²) / E
+    and k = min {k : a₀ + Σ_{i≤k} σᵢ² / E >= threshold}; the new columns are the leading k right singular vectors of R.
+    For a first task F is empty and a₀ = 0.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(d_out, d_in)`): Mean gradient of a task with respect to a weight.
+        basis (`torch.Tensor` of shape `(d_in, p)`, *optional*): Orthonormal basis of the tasks before.
+        threshold (`float`, defaults to 0.99): Share of the energy to capture, in (0, 1].
+        max_columns (`int`, *optional*): Cap on k; the columns of largest energy are kept.
+        name (`str`): Layer to name in errors.
+
+    Returns:
+        [`BasisExtension`] in the gradient's dtype (float32 for half precision).
+
+    Raises:
+        ValueError: if the gradient is all zero or not finite, or a shape or the threshold is wrong.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"threshold is the share of energy to capture and lies in (0, 1], got {threshold}.")
+    gradient = check_gradient(gradient, name)
+    basis = None if basis is None else basis.to(gradient)
+    if basis is not None and basis.shape[0] != gradient.shape[1]:
+        raise ValueError(
+            f"{name}: a basis of shape {tuple(basis.shape)} does not fit a gradient of shape {tuple(gradient.shape)}: "
+            f"expected ({gradient.shape[1]}, p)."
+        )
+    with full_precision():
+        residual = restrict(gradient.mT, basis).mT  # R, (d_out, d_in)
+        total, rest = _energy(gradient), _energy(residual)  # E and ‖R‖²: Frobenius norms, no decomposition needed
+        inside = 0.0 if basis is None else (total - rest) / total  # a₀
+        _, sigma, right = torch.linalg.svd(residual, full_matrices=False)
+        energies = inside + sigma.double().square().cumsum(0) / total  # a₁, a₂, …
+        wanted = 0 if inside >= threshold else int((energies < threshold).sum()) + 1
+        available = int((sigma > _noise(gradient, total)).sum())
+        kept = min(wanted, available if max_columns is None else min(available, max_columns))
+        columns = right[:kept].mT  # (d_in, k)
+        if basis is not None and kept > 0:
+            columns = orthonormalize_against(columns, basis)
+    captured = float(energies[kept - 1]) if kept > 0 else float(inside)
+    return BasisExtension(columns.contiguous(), captured, capped=kept < min(wanted, available))
+
+
+def orthonormalize_against(columns: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """
+    Makes nearly orthonormal `columns` orthonormal, and orthogonal to `basis`, to the rounding floor of the dtype.
+
+    Two passes of projection and polar factor: one pass leaves what rounding of the first projection left behind, and
+    over tasks it adds up.
+
+    Args:
+        columns (`torch.Tensor` of shape `(d, k)`): Linearly independent columns outside the span of `basis`.
+        basis (`torch.Tensor` of shape `(d, p)`): Orthonormal columns.
+
+    Returns:
+        `torch.Tensor` of shape `(d, k)`.
+    """
+    for _ in range(2):
+        columns = polar_factor(restrict(columns, basis))
+    return columns
+
+
+def principal_directions(
+    gradient: torch.Tensor, rank: int, basis: torch.Tensor | None = None, *, name: str = "gradient"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The leading singular triplets of a gradient outside a basis, from which the factors of a task start (EBLoRA sec.
+    4).
+
+    R = G - (G F) Fᵀ ≈ U diag(σ) Vᵀ, with uᵢᵀ R vᵢ = σᵢ > 0: U Vᵀ points along the gradient, descent takes a negative
+    s.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(d_out, d_in)`): Mean gradient of the task.
+        rank (`int`): Number r of triplets.
+        basis (`torch.Tensor` of shape `(d_in, p)`, *optional*): Directions that V must avoid.
+        name (`str`): Layer to name in errors.
+
+    Returns:
+        `tuple` of U `(d_out, r)`, σ `(r,)` in descending order and V `(d_in, r)`.
+
+    Raises:
+        ValueError: if the gradient is all zero or not finite, or if `rank` orthonormal directions do not exist.
+    """
+    gradient = check_gradient(gradient, name)
+    d_out, d_in = gradient.shape
+    basis = gradient.new_zeros(d_in, 0) if basis is None else basis.to(gradient)
+    check_feasible(d_out, rank, name=name)
+    check_feasible(d_in, rank, basis.shape[1], name=name)
+    with full_precision():
+        residual = restrict(gradient.mT, basis).mT  # R, (d_out, d_in)
+        left, sigma, right = torch.linalg.svd(residual, full_matrices=False)
+        # Right singular vectors without energy are arbitrary and may lie inside the basis: any free direction replaces
+        # them. Those with energy avoid the basis up to rounding.
+        used = int((sigma[:rank] > _noise(gradient, _energy(gradient))).sum())
+        v = right[:used].mT
+        if used < rank:
+            v = torch.cat([v, _free_directions(torch.cat([basis, v], dim=1), rank - used)], dim=1)
+        v = orthonormalize_against(v, basis)
+    return left[:, :rank].contiguous(), sigma[:rank], v.contiguous()
+
+
+def principal_weight_directions(weight: torch.Tensor, threshold: float, *, name: str = "weight") -> torch.Tensor:
+    """
+    The principal input directions of a pre-trained weight, KeepLoRA's basis before the first task.
+
+    Keeps p = max(#{k : Σ_{i≤k} σᵢ² / ‖W‖² < threshold}, 1) right singular vectors: by the released rule one direction
+    *fewer* than [`extend_basis`] would take.
+
+    Args:
+        weight (`torch.Tensor` of shape `(d_out, d_in)`): The weight.
+        threshold (`float`): Share of the energy, in (0, 1].
+        name (`str`): Layer to name in errors.
+
+    Returns:
+        `torch.Tensor` of shape `(d_in, p)` with orthonormal columns.
+
+    Raises:
+        ValueError: if the weight is all zero or not finite.
+    """
+    weight = check_gradient(weight, name)
+    _, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+    energies = sigma.double().square().cumsum(0) / _energy(weight)
+    return right[: max(int((energies < threshold).sum()), 1)].mT.contiguous()
+
+
+def column_cap(d_in: int, rank: int, columns: int, max_fraction: float = 1.0) -> int:
+    """
+    How many columns a basis of `columns` may still gain: up to `max_fraction`·d_in, always leaving `rank` directions
+    free.
+    """
+    return max(min(int(max_fraction * d_in), d_in - rank) - columns, 0)
+
+
+def check_gradient(gradient: torch.Tensor, name: str) -> torch.Tensor:
+    """
+    Returns a matrix ready for decomposition (half precision becomes float32).
+
+    Raises:
+        ValueError: if it is not a matrix, not finite or all zero; the message names the layer.
+    """
+    if gradient.ndim != 2:
+        raise ValueError(f"{name}: expected a matrix (d_out, d_in), got shape {tuple(gradient.shape)}.")
+    if not torch.isfinite(gradient).all():
+        raise ValueError(
+            f"{name}: not finite (inf or NaN), so it spans no subspace. Check the task's data and loss, or train in "
+            "float32 or bfloat16."
+        )
+    if not gradient.any():
+        raise ValueError(
+            f"{name}: all zero, so it spans no subspace. Is the layer used by the loss? If not, leave it out of "
+            "`target_modules`."
+        )
+    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+
+
+def _energy(matrix: torch.Tensor) -> float:
+    """‖·‖², summed in float64: near the threshold the rank hangs on it."""
+    return matrix.square().sum(dtype=torch.float64).item()
+
+
+def _noise(gradient: torch.Tensor, energy: float) -> float:
+    """The size of a singular value that is rounding error of a decomposition of `gradient`."""
+    return energy**0.5 * max(gradient.shape) * torch.finfo(gradient.dtype).eps
+
+
+def _free_directions(taken: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` orthonormal columns outside the span of the orthonormal columns `taken`, the same ones on every call."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(taken.shape[0], count, generator=generator, dtype=torch.float64).to(taken.device)
+    return orthonormalize_against(columns, taken.double()).to(taken.dtype)

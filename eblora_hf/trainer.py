@@ -1,0 +1,393 @@
+"""`ContinualEBLoRATrainer`: `transformers.Trainer` that learns tasks one after another and forgets less."""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from torch.utils.data import Subset
+from transformers import EarlyStoppingCallback, Trainer, set_seed
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils import logging
+
+from .arguments import check_fresh, check_set_up, read_tasks, with_adapter
+from .callback import TaskSequenceCallback
+from .composition import concatenate, folded_adapter, put_earlier_tasks, replace_adapter
+from .config import EBLoRAConfig, Task
+from .constrained import ConstrainedMixin
+from .gradients import mean_gradients, snapshot_indices
+from .layers import find_layers
+from .methods import build_method
+from .metrics import continual_metrics
+from .sequence import PublishedSequence, describe_base_model
+
+logger = logging.get_logger(__name__)
+
+
+class ContinualMixin(ConstrainedMixin):
+    """
+    Drives a sequence of tasks through a `Trainer`. Put it before the trainer class: `class T(ContinualMixin,
+    Trainer)`.
+
+    All arguments of the trainer keep their names, order and meaning, but for:
+
+    Args:
+        train_dataset (dataset, `dict[str, dataset]` or [`TaskSequence`]): One task, or several to learn in order.
+        eval_dataset (dataset or `dict[str, dataset]`, *optional*): In a dict, the set under a task's name is used
+        while
+            that task trains. After each task all are evaluated; those under task names fill the accuracy matrix.
+        peft_config (`peft.LoraConfig`, *optional*): The adapter to add to a model that has none.
+        eblora_config ([`EBLoRAConfig`], *optional*): Options of the method.
+        sequence (`str` or `Path`, *optional*): Folder of a published sequence to continue. The new tasks are appended
+            in `args.output_dir`, which may be the same folder.
+        task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
+
+    Attributes:
+        task_callback ([`TaskSequenceCallback`]): The bases and the published sequence, once `train` has begun.
+        constraint ([`StiefelConstraint`], *optional*): What keeps the factors on the manifold while a task trains.
+
+    Raises:
+        ValueError: if the model has no LoRA adapter and no `peft_config` was given, if an argument does not fit, or if
+            the set-up (DeepSpeed, FSDP, `push_to_hub`…) is not supported; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        *args,
+        peft_config: LoraConfig | None = None,
+        eblora_config: EBLoRAConfig | None = None,
+        sequence: str | Path | None = None,
+        task_name: str | None = None,
+        **kwargs,
+    ):
+        arguments = dict(inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        self.eblora_config = eblora_config or EBLoRAConfig()
+        self.method = build_method(self.eblora_config)
+        check_set_up(arguments)
+        model = arguments["model"] = with_adapter(arguments.get("model"), peft_config)
+        self.adapter = model.active_adapters[0]
+        self.layers = find_layers(model, self.adapter)
+        check_fresh(self.layers, self.adapter)
+        self.tasks = read_tasks(arguments, task_name)
+        super().__init__(**arguments)
+        self._source = sequence
+        self.task_callback: TaskSequenceCallback | None = None
+        self.start_from({})
+        head = getattr(model.peft_config[self.adapter], "modules_to_save", None)
+        if head and self.method.keeps_bases:
+            logger.warning(
+                f"The modules {', '.join(head)} are trained without the subspace constraint (LoRA alone is "
+                "protected): later tasks may change them at the expense of earlier ones."
+            )
+
+    # ---- the sequence ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Learns the tasks that the published sequence in `args.output_dir` does not have yet, one after another.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): `True` skips the finished tasks and continues the
+                unfinished one from its last checkpoint; a path names that checkpoint.
+            trial, ignore_keys_for_eval: As in `Trainer.train`.
+
+        Returns:
+            `TrainOutput`: Steps and mean loss over the tasks of this call; the metrics of the last task, and those of
+                the
+            accuracy matrix if there is one.
+
+        Raises:
+            ValueError: if `args.output_dir` already holds a sequence and this call is not meant to continue it.
+        """
+        if self.tasks is None:
+            raise ValueError("Training needs a train_dataset, got none.")
+        if self.args.device.type == "cpu":
+            # moments of directions that are projected out decay into denormal numbers, which slow a CPU several times
+            torch.set_flush_denormal(True)
+        published = self._open_sequence(resuming=bool(resume_from_checkpoint))
+        self.remove_callback(TaskSequenceCallback)
+        self.task_callback = TaskSequenceCallback(published)
+        self.add_callback(self.task_callback)
+        pending = [task for task in self.tasks if task.name not in published.names]
+        outputs, history = [], []
+        for task in pending:
+            checkpoint = self._checkpoint_of(task, resume_from_checkpoint) if task is pending[0] else None
+            outputs.append(self._learn(task, checkpoint, trial, ignore_keys_for_eval))
+            history += self.state.log_history
+        self.state.log_history = history
+        self._become_sum_of_tasks()
+        steps = sum(output.global_step for output in outputs)
+        loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
+        metrics = dict(outputs[-1].metrics) if outputs else {}
+        metrics |= {f"train_{name}": value for name, value in self.continual_metrics().items() if not np.isnan(value)}
+        return TrainOutput(steps, loss, metrics)
+
+    @property
+    def bases(self) -> dict[str, torch.Tensor]:
+        """Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far."""
+        return self.task_callback.bases
+
+    @property
+    def accuracy_matrix(self) -> np.ndarray:
+        """R[t][i], the accuracy on task i after learning task t; NaN where it was not measured."""
+        return np.zeros((0, 0)) if self.task_callback is None else self.task_callback.accuracy_matrix()
+
+    def continual_metrics(self) -> dict[str, float]:
+        """MFN, MAA, LA, BWT, FWT and transfer of the accuracy matrix; empty before the first task is finished."""
+        matrix = self.accuracy_matrix
+        return continual_metrics(matrix) if matrix.size else {}
+
+    def _open_sequence(self, resuming: bool) -> PublishedSequence:
+        folder = Path(self.args.output_dir)
+        base = self.model.get_base_model()
+        if PublishedSequence.exists(folder):
+            if not resuming and (self._source is None or Path(self._source).resolve() != folder.resolve()):
+                raise ValueError(
+                    f"{folder} already holds a sequence of tasks. Pass `train(resume_from_checkpoint=True)` to "
+                    f"continue an interrupted run, `sequence={str(folder)!r}` to append new tasks, or another "
+                    "`output_dir`."
+                )
+            published = PublishedSequence.open(folder)
+        elif self._source is not None:
+            published = PublishedSequence.open(self._source)
+            published.check_base_model(base)
+            if self.is_world_process_zero():
+                published = published.copy_to(folder)
+            self.accelerator.wait_for_everyone()
+            published.folder = folder
+        else:
+            return PublishedSequence(folder, describe_base_model(base))
+        published.check_base_model(base)
+        taken = set(self.tasks.names) & set(published.names)
+        if taken and not resuming:
+            raise ValueError(
+                f"The sequence in {folder} already has the task(s) {', '.join(sorted(taken))}: give new tasks new "
+                "names (`task_name=…` or the keys of `train_dataset`)."
+            )
+        return published
+
+    def _checkpoint_of(self, task: Task, resume: str | bool | None) -> str | None:
+        if not isinstance(resume, bool):
+            return resume
+        folder = self._checkpoint_folder(task)
+        checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
+        if resume and checkpoint is None and not self.task_callback.sequence.tasks:
+            raise ValueError(
+                f"Nothing to resume: no finished task in {self.args.output_dir} and no checkpoint in {folder}. Call "
+                "train() without `resume_from_checkpoint`, and set `save_strategy` to have checkpoints."
+            )
+        return checkpoint
+
+    def _checkpoint_folder(self, task: Task) -> Path:
+        return Path(self.args.output_dir) / "checkpoints" / task.name
+
+    # ---- one task ----
+
+    def _learn(self, task: Task, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        published, index = self.task_callback.sequence, len(self.task_callback.sequence.tasks)
+        logger.info(f"***** Task {index}: {task.name} *****")
+        self._reset(published)
+        seed = self.args.seed + index
+        set_seed(seed)
+        if checkpoint is None:
+            gradients = self._snapshot(task, seed) if self.method.uses_gradients else {}
+            self.start_from(self._from_main_process(self.method.begin_task(self.layers, gradients, self.bases)))
+            del gradients
+        self.task_callback.begin_task(task.name)
+        set_seed(seed)
+        with self._arguments_of(task):
+            output = super().train(checkpoint, trial, ignore_keys)
+        if self.constraint is not None:
+            self.constraint.detach()
+        self._unwrap()
+        gradients = self._snapshot(task, seed) if self.method.keeps_bases else {}
+        extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
+        del gradients
+        self.task_callback.end_task(
+            folded_adapter(self.model, self.layers),
+            self.model.peft_config[self.adapter],
+            extensions,
+            steps=self.state.global_step,
+            metrics=self._accuracies(),
+            training=self._training_record(task),
+            write=self.args.should_save,
+        )
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            self.task_callback.sequence = PublishedSequence.open(self.args.output_dir)
+        return output
+
+    def _reset(self, published: PublishedSequence) -> None:
+        """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
+        self._unwrap()
+        if published.tasks:
+            put_earlier_tasks(self.model, self.adapter, concatenate(published.adapters()))
+        self.layers = find_layers(self.model, self.adapter)
+        for layer in self.layers:
+            torch.nn.init.zeros_(layer.lora_B)
+        self.start_from({})
+        if published.tasks:
+            self.optimizer, self.lr_scheduler = None, None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
+
+    def _unwrap(self) -> None:
+        """Takes off what accelerate put around the model: wrappers of one task would nest in the next."""
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.model_wrapped = self.model
+
+    @contextlib.contextmanager
+    def _arguments_of(self, task: Task) -> Iterator[None]:
+        """Within the context the trainer has the task's data, folder, length and rates."""
+        before = self.args, self.train_dataset, self.eval_dataset, self.method
+        args = copy.copy(self.args)
+        args.output_dir = str(self._checkpoint_folder(task))
+        if task.num_train_epochs is not None:
+            args.num_train_epochs, args.max_steps = task.num_train_epochs, -1
+        if task.max_steps is not None:
+            args.max_steps = task.max_steps
+        if task.learning_rate is not None:
+            args.learning_rate = task.learning_rate
+        rates = {name: getattr(task, name) for name in ("direction_lr", "scale_lr") if getattr(task, name) is not None}
+        try:
+            self.args, self.train_dataset = args, task.train_dataset
+            if task.eval_dataset is not None:
+                self.eval_dataset = task.eval_dataset
+            self.method = build_method(dataclasses.replace(self.eblora_config, **rates))
+            yield
+        finally:
+            self.args, self.train_dataset, self.eval_dataset, self.method = before
+
+    def _snapshot(self, task: Task, seed: int) -> dict[str, torch.Tensor]:
+        """Mean gradient of the task with respect to the full weights, through the trainer's own collator and loss."""
+        config, dataset = self.eblora_config, task.train_dataset
+        even = config.snapshot_sampling == "even"
+        indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
+        subset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+        loader = self._get_dataloader(subset, "Snapshot", min(self._train_batch_size, len(indices)))
+        # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
+        precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
+        pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
+
+        def loss(model: PeftModel, inputs: dict) -> torch.Tensor:
+            with precision():
+                return self.compute_loss(model, inputs)
+
+        def batches() -> Iterator[tuple[dict, int]]:
+            for inputs in loader:
+                yield self._prepare_inputs(inputs), find_batch_size(inputs)
+
+        training = self.model.training
+        # without dropout, but activation checkpointing works in training mode alone
+        self.model.train(self.args.gradient_checkpointing)
+        try:
+            with pretrained():
+                return mean_gradients(self.model, self.layers, batches(), loss)
+        finally:
+            self.model.train(training)
+
+    def _accuracies(self) -> dict[str, float]:
+        """Evaluates all sets and returns the row of the accuracy matrix: accuracy by task name, where there is one."""
+        if not isinstance(self.eval_dataset, dict):
+            return {}
+        measured = self.evaluate()
+        wanted = [name.removeprefix("eval_") for name in (self.args.metric_for_best_model, "accuracy") if name]
+        row = {}
+        for name in self.eval_dataset:
+            found = [
+                f"eval_{name}_{metric}"
+                for metric in wanted
+                if metric != "loss" and f"eval_{name}_{metric}" in measured
+            ]
+            if found:
+                row[name] = float(measured[found[0]])
+        return row
+
+    def _become_sum_of_tasks(self) -> None:
+        """
+        Leaves one adapter on the model, the sum of all tasks, so that whatever is saved next is all that was learnt.
+        """
+        published = self.task_callback.sequence
+        self._unwrap()
+        if len(published.tasks) > 1:
+            replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
+            self.layers = find_layers(self.model, self.adapter)
+        self.optimizer, self.lr_scheduler = None, None
+
+    def _training_record(self, task: Task) -> dict[str, Any]:
+        defaults = EBLoRAConfig()
+        options = {
+            name: value
+            for name, value in vars(self.eblora_config).items()
+            if name == "method" or value != getattr(defaults, name)
+        }
+        overrides = {
+            name: getattr(task, name)
+            for name in ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr")
+            if getattr(task, name) is not None
+        }
+        used = (
+            {"direction_lr": self.constraint.direction_lr, "scale_lr": self.constraint.scale_lr}
+            if self.constraint
+            else {}
+        )
+        packages = ("eblora-hf", "transformers", "peft", "accelerate", "torch")
+        return {
+            "eblora_config": options,
+            "task": overrides,
+            "rates": used,
+            "learning_rate": task.learning_rate or self.args.learning_rate,
+            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
+            "seed": self.args.seed,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        }
+
+    def _from_main_process(self, value: Any) -> Any:
+        """What the main process computed: decompositions may differ in the last bit between processes."""
+        if self.args.world_size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+class ContinualEBLoRATrainer(ContinualMixin, Trainer):
+    """
+    `transformers.Trainer` that learns tasks one after another with EBLoRA and publishes plain LoRA adapters.
+
+    Takes the arguments of `Trainer`, and those of [`ContinualMixin`] by keyword.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from eblora_hf import ContinualEBLoRATrainer
+
+    trainer = ContinualEBLoRATrainer(
+        model=model,
+        args=TrainingArguments("out"),
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        train_dataset={"imagenet-r": train_1, "arxivqa": train_2},
+        eval_dataset={"imagenet-r": eval_1, "arxivqa": eval_2},
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    ```
+    """
