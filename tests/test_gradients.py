@@ -1,0 +1,93 @@
+import pytest
+import torch
+from peft import get_peft_model
+
+from eblora_hf.gradients import mean_gradients, snapshot_indices
+from eblora_hf.layers import find_layers
+
+from .conftest import lora, make_model, make_text_data
+
+
+def batches_of(data, size):
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+def loss(model, inputs):
+    return model(**inputs).loss
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "t5"])
+def test_equals_autograd_on_the_bare_model(kind):
+    """Batches of unequal size, weighted by samples, against one backward pass over all samples of the bare model."""
+    data = make_text_data("bert" if kind == "bert" else kind, size=10)
+    bare = make_model(kind).eval()
+    loss(bare, data[:10]).backward()
+    targets = ["q", "v", "wi"] if kind == "t5" else ["query", "dense", "q_proj", "down_proj", "c_attn", "c_proj"]
+    model = get_peft_model(make_model(kind), lora(target_modules=targets)).eval()
+    layers = find_layers(model, "default")
+    means = mean_gradients(model, layers, [(batch, len(batch["labels"])) for batch in batches_of(data, 4)], loss)
+    for layer in layers:
+        expected = layer.oriented(bare.get_submodule(layer.name).weight.grad)
+        assert means[layer.name].shape == (layer.d_out, layer.d_in)
+        torch.testing.assert_close(means[layer.name], expected, atol=1e-7, rtol=1e-4)
+
+
+def test_leaves_the_model_as_it_was():
+    model = get_peft_model(make_model("bert"), lora())
+    layers = find_layers(model, "default")
+    data = make_text_data("bert", size=4)
+    loss(model, data[:4]).backward()
+    before = {
+        name: (p.requires_grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()
+    }
+    with pytest.raises(RuntimeError, match="on purpose"):
+        mean_gradients(
+            model, layers, [(data[:4], 4)], lambda model, batch: (_ for _ in ()).throw(RuntimeError("on purpose"))
+        )
+    mean_gradients(model, layers, [(data[:4], 4)], loss)
+    for name, parameter in model.named_parameters():
+        flag, gradient = before[name]
+        assert parameter.requires_grad == flag
+        assert (parameter.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+        assert not parameter._post_accumulate_grad_hooks
+
+
+def test_half_precision_is_summed_in_float32():
+    model = get_peft_model(make_model("bert", dtype=torch.bfloat16), lora()).eval()
+    layers = find_layers(model, "default")
+    data = make_text_data("bert", size=4)
+    means = mean_gradients(model, layers, [(data[:4], 4)] * 300, loss)
+    once = mean_gradients(model, layers, [(data[:4], 4)], loss)
+    for name, mean in means.items():
+        assert mean.dtype == torch.float32
+        torch.testing.assert_close(mean, once[name], atol=1e-6, rtol=1e-4)  # a bf16 sum stalls after 256 summands
+
+
+def test_a_layer_without_gradient_is_named():
+    model = get_peft_model(make_model("bert"), lora())
+    layers = find_layers(model, "default")
+    data = make_text_data("bert", size=4)
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense: the loss sends no gradient"):
+        mean_gradients(
+            model,
+            layers,
+            [(data[:4], 4)],
+            lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[-1].sum(),
+        )
+    with pytest.raises(ValueError, match="no batch"):
+        mean_gradients(model, layers, [], loss)
+
+
+def test_indices():
+    assert snapshot_indices(100, 0.2) == [int(i * 99 / 19) for i in range(20)]
+    random = snapshot_indices(100, 0.2, seed=1)
+    assert random == sorted(set(random)) == snapshot_indices(100, 0.2, seed=1)
+    assert random != snapshot_indices(100, 0.2, seed=2)
+    assert len(random) == 20
+    assert snapshot_indices(3, 0.01) == [0]
+    assert snapshot_indices(7, 1.0, seed=0) == list(range(7))
+    with pytest.raises(ValueError, match="empty"):
+        snapshot_indices(0, 0.2)
+    with pytest.raises(ValueError, match=r"\(0, 1\], got 20"):
+        snapshot_indices(10, 20)
