@@ -11,14 +11,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from .config import Task, TaskSequence
 from .layers import AdaptedLayer
+from .optimizers import check_optimizer
 
 
-def check_set_up(arguments: dict[str, Any]) -> None:
+def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
+    """Raises a `ValueError` for what the trainer does not support, before anything is built."""
     if arguments.get("model_init") is not None:
         raise ValueError("`model_init` is not supported: a sequence continues one model. Pass `model=` instead.")
     args = arguments.get("args")
     if args is None:
         return
+    if constrained:
+        optim = str(getattr(args.optim, "value", args.optim))
+        check_optimizer(f"optim={optim!r}", optim)
     if args.push_to_hub:
         raise ValueError(
             "push_to_hub=True is not supported yet: train with push_to_hub=False, then upload the adapters in "
@@ -33,6 +38,7 @@ def check_set_up(arguments: dict[str, Any]) -> None:
 
 
 def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
+    """The model with the LoRA adapter to train. Raises a `ValueError` if there is none, or no single one."""
     if model is None:
         raise ValueError("ContinualEBLoRATrainer needs a `model`.")
     if isinstance(model, PeftModel):
@@ -54,8 +60,17 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
     return get_peft_model(model, peft_config)
 
 
-def check_fresh(layers: list[AdaptedLayer], adapter: str) -> None:
+def check_layers(layers: list[AdaptedLayer], adapter: str, constrained: bool) -> None:
+    """
+    Raises a `ValueError` if the adapter is frozen, trained already, or of a rank that has no orthonormal factors.
+    """
     for layer in layers:
+        if constrained and layer.rank > min(layer.d_in, layer.d_out):
+            raise ValueError(
+                f"{layer.name}: rank {layer.rank} exceeds the smaller side of its weight ({layer.d_out} x "
+                f"{layer.d_in}), so its factors cannot be orthonormal. Leave the layer out with "
+                "LoraConfig(exclude_modules=[…]), set the config's `task_type` if it is the head, or lower `r`."
+            )
         if not layer.lora_A.requires_grad:
             raise ValueError(
                 f"The adapter {adapter!r} is frozen ({layer.name}). Load it with `is_trainable=True`, or pass the "

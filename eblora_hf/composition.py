@@ -82,12 +82,14 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
 
     Args:
         model (`PeftModel`): The model.
-        adapter (`str`): The trainable adapter. It keeps the `modules_to_save`.
+        adapter (`str`): The trainable adapter. It owns the `modules_to_save` and takes over their values.
         earlier (`dict[str, torch.Tensor]`): Folded adapter, usually a concatenation.
     """
     if EARLIER_TASKS in model.peft_config:
         model.delete_adapter(EARLIER_TASKS)
-    earlier = {key: value for key, value in earlier.items() if ".lora_A." in key or ".lora_B." in key}
+    heads = {key: value for key, value in earlier.items() if ".lora_A." not in key and ".lora_B." not in key}
+    _load(model, adapter, heads)
+    earlier = {key: value for key, value in earlier.items() if key not in heads}
     config = folded_config(model.peft_config[adapter], earlier)
     config.modules_to_save = None  # one owner of the head among the active adapters
     # not model.add_adapter: task-specific classes would add their head to the configuration

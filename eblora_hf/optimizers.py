@@ -27,13 +27,27 @@ def plain_optimizer(optimizer) -> torch.optim.Optimizer:
         if not hasattr(optimizer, "optimizer"):
             raise TypeError(f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         optimizer = optimizer.optimizer
+    check_optimizer(f"The optimizer {type(optimizer).__name__}", type(optimizer).__name__)
+    return optimizer
+
+
+def check_optimizer(subject: str, name: str) -> None:
+    """
+    Raises if the optimizer of a name is of a kind that no constraint can follow.
+
+    Args:
+        subject (`str`): What to call it in the message.
+        name (`str`): Name of its class, or its name in `TrainingArguments(optim=…)`.
+
+    Raises:
+        ValueError: naming it and the reason.
+    """
     for stem, reason in _REFUSED.items():
-        if stem in type(optimizer).__name__.lower().replace("_", ""):
+        if stem in name.lower().replace("_", ""):
             raise ValueError(
-                f"The optimizer {type(optimizer).__name__} cannot be kept on the manifold: {reason}. Use for example "
+                f"{subject} cannot be kept on the manifold: {reason}. Use for example "
                 "TrainingArguments(optim='adamw_torch')."
             )
-    return optimizer
 
 
 def is_normalised(optimizer: torch.optim.Optimizer) -> bool:

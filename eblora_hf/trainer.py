@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
-from .arguments import check_fresh, check_set_up, read_tasks, with_adapter
+from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback
 from .composition import concatenate, folded_adapter, put_earlier_tasks, replace_adapter
 from .config import EBLoRAConfig, Task
@@ -74,11 +74,11 @@ class ContinualMixin(ConstrainedMixin):
         arguments |= arguments.pop("kwargs", {})
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
-        check_set_up(arguments)
+        check_set_up(arguments, self.method.constrained)
         model = arguments["model"] = with_adapter(arguments.get("model"), peft_config)
         self.adapter = model.active_adapters[0]
         self.layers = find_layers(model, self.adapter)
-        check_fresh(self.layers, self.adapter)
+        check_layers(self.layers, self.adapter, self.method.constrained)
         self.tasks = read_tasks(arguments, task_name)
         super().__init__(**arguments)
         self._source = sequence
@@ -215,6 +215,7 @@ class ContinualMixin(ConstrainedMixin):
             output = super().train(checkpoint, trial, ignore_keys)
         if self.constraint is not None:
             self.constraint.detach()
+        accuracies = self._accuracies()
         self._unwrap()
         gradients = self._snapshot(task, seed) if self.method.keeps_bases else {}
         extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
@@ -224,7 +225,7 @@ class ContinualMixin(ConstrainedMixin):
             self.model.peft_config[self.adapter],
             extensions,
             steps=self.state.global_step,
-            metrics=self._accuracies(),
+            metrics=accuracies,
             training=self._training_record(task),
             write=self.args.should_save,
         )
@@ -249,9 +250,14 @@ class ContinualMixin(ConstrainedMixin):
                 callback.early_stopping_patience_counter = 0
 
     def _unwrap(self) -> None:
-        """Takes off what accelerate put around the model: wrappers of one task would nest in the next."""
+        """
+        Takes off what accelerate put around the model. Left on, wrappers nest with every task, and a distributed one
+        would go on reducing the gradients of the adapter before.
+        """
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
         self.model_wrapped = self.model
+        self.model.__dict__.pop("_is_accelerate_prepared", None)  # or accelerate would not wrap it again
 
     @contextlib.contextmanager
     def _arguments_of(self, task: Task) -> Iterator[None]:

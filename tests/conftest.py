@@ -54,6 +54,7 @@ def make_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, dro
         config = transformers.T5Config(
             vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, dropout_rate=dropout
         )
+        config.decoder_start_token_id = 0
         model = transformers.T5ForConditionalGeneration(config)
     elif kind == "vit":
         from eblora_hf.benchmark.digits import new_model
