@@ -1,5 +1,9 @@
 """What happens between tasks: bases grow, the finished task is published, metrics are kept."""
 
+import platform
+from importlib.metadata import version
+from typing import Any
+
 import numpy as np
 import torch
 from peft import LoraConfig
@@ -7,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .composition import AdapterState
+from .config import EBLoRAConfig, Task
+from .constraint import StiefelConstraint
 from .sequence import PublishedSequence
 from .subspace import BasisExtension
 
@@ -84,3 +90,24 @@ class TaskSequenceCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.task_name is not None and state.log_history:
             state.log_history[-1]["task"] = self.task_name
+
+
+def training_record(
+    task: Task, config: EBLoRAConfig, args: TrainingArguments, constraint: StiefelConstraint | None
+) -> dict[str, Any]:
+    """How a task was trained: what differs from the defaults, the rates in use, the seed and the library versions."""
+    defaults, overrides = (
+        EBLoRAConfig(),
+        ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr"),
+    )
+    changed = {key: value for key, value in vars(config).items() if value != getattr(defaults, key)}
+    packages = ("eblora-hf", "transformers", "peft", "accelerate", "torch")
+    return {
+        "eblora_config": {"method": config.method} | changed,
+        "task": {key: getattr(task, key) for key in overrides if getattr(task, key) is not None},
+        "rates": {"direction_lr": constraint.direction_lr, "scale_lr": constraint.scale_lr} if constraint else {},
+        "learning_rate": task.learning_rate or args.learning_rate,
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "seed": args.seed,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }

@@ -41,7 +41,7 @@ def folded_config(config: LoraConfig, adapter: AdapterState) -> LoraConfig:
         config (`LoraConfig`): The configuration the adapter was trained with.
         adapter (`dict[str, torch.Tensor]`): A folded adapter, or a concatenation of some.
     """
-    ranks = {name: tensor.shape[0] for name, tensor in _factors(adapter, "lora_A").items()}
+    ranks = {name: tensor.shape[0] for name, tensor in factors_of(adapter, "lora_A").items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     folded = copy.deepcopy(config)
     folded.r = folded.lora_alpha = common
@@ -63,14 +63,14 @@ def concatenate(adapters: list[AdapterState]) -> AdapterState:
     """
     first, result = adapters[0], dict(adapters[-1])
     for index, adapter in enumerate(adapters):
-        difference = set(_factors(first, "lora_A")) ^ set(_factors(adapter, "lora_A"))
+        difference = set(factors_of(first, "lora_A")) ^ set(factors_of(adapter, "lora_A"))
         if difference:
             raise ValueError(
                 f"The tasks of a sequence must adapt the same layers, but task 0 and task {index} differ in "
                 f"{', '.join(sorted(difference))}. Use the `target_modules` of the earlier tasks."
             )
     for kind, dim in (("lora_A", 0), ("lora_B", 1)):
-        for name in _factors(first, kind):
+        for name in factors_of(first, kind):
             key = f"{_PREFIX}{name}.{kind}.weight"
             result[key] = torch.cat([adapter[key] for adapter in adapters], dim=dim)
     return result
@@ -132,7 +132,7 @@ def _load(model: PeftModel, adapter: str, state: AdapterState) -> None:
         )
 
 
-def _factors(adapter: AdapterState, kind: str) -> AdapterState:
+def factors_of(adapter: AdapterState, kind: str) -> AdapterState:
     """lora_A or lora_B of an adapter by layer name."""
     suffix = f".{kind}.weight"
     return {

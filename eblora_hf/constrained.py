@@ -1,10 +1,20 @@
-"""The part of a `Trainer` that one task needs: its optimizer constrained, its constraint in every checkpoint."""
+"""The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
 import torch
+from peft import PeftModel
+from torch.utils.data import Subset
+from transformers.trainer_pt_utils import find_batch_size
 
 from .composition import EARLIER_TASKS
+from .config import EBLoRAConfig
 from .constraint import StiefelConstraint
 from .factors import Factors, factors_from_state, load_state, save_state
+from .gradients import mean_gradients, snapshot_indices
 from .layers import AdaptedLayer
 from .methods import Method
 from .optimizers import plain_optimizer
@@ -15,12 +25,14 @@ class ConstrainedMixin:
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer stay on the manifold.
 
     Attributes:
+        eblora_config ([`EBLoRAConfig`]): The options.
         method ([`Method`]): What constrains the steps, if anything.
         layers (`list[AdaptedLayer]`): The layers whose adapter is trained.
         bases (`dict[str, torch.Tensor]`): Per layer name the basis of earlier tasks, `(d_in, p)`.
         constraint ([`StiefelConstraint`], *optional*): The constraint, from the creation of the scheduler on.
     """
 
+    eblora_config: EBLoRAConfig
     method: Method
     layers: list[AdaptedLayer]
     bases: dict[str, torch.Tensor]
@@ -29,6 +41,43 @@ class ConstrainedMixin:
     def start_from(self, factors: dict[str, Factors]) -> None:
         """Sets the factors that the next training starts from, and forgets the constraint before."""
         self.constraint, self._factors, self._state = None, factors, None
+
+    def snapshot(self, dataset: Any, seed: int) -> dict[str, torch.Tensor]:
+        """
+        Mean gradient of a data set with respect to the full weights, through the trainer's own collator and loss.
+
+        Args:
+            dataset: A map-style data set; `snapshot_fraction` of it is used.
+            seed (`int`): Seed of that choice.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By layer name, `(d_out, d_in)`.
+        """
+        config = self.eblora_config
+        even = config.snapshot_sampling == "even"
+        indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
+        subset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+        loader = self._get_dataloader(subset, "Snapshot", min(self._train_batch_size, len(indices)))
+        # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
+        precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
+        pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
+
+        def loss(model: PeftModel, inputs: dict) -> torch.Tensor:
+            with precision():
+                return self.compute_loss(model, inputs)
+
+        def batches() -> Iterator[tuple[dict, int]]:
+            for inputs in loader:
+                yield self._prepare_inputs(inputs), find_batch_size(inputs)
+
+        training = self.model.training
+        # without dropout, but activation checkpointing works in training mode alone
+        self.model.train(self.args.gradient_checkpointing)
+        try:
+            with pretrained():
+                return mean_gradients(self.model, self.layers, batches(), loss)
+        finally:
+            self.model.train(training)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""

@@ -4,28 +4,22 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
-from torch.utils.data import Subset
+from peft import LoraConfig
 from transformers import EarlyStoppingCallback, Trainer, set_seed
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import check_layers, check_set_up, read_tasks, with_adapter
-from .callback import TaskSequenceCallback
+from .callback import TaskSequenceCallback, training_record
 from .composition import concatenate, folded_adapter, put_earlier_tasks, replace_adapter
 from .config import EBLoRAConfig, Task
 from .constrained import ConstrainedMixin
-from .gradients import mean_gradients, snapshot_indices
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
@@ -206,7 +200,7 @@ class ContinualMixin(ConstrainedMixin):
         seed = self.args.seed + index
         set_seed(seed)
         if checkpoint is None:
-            gradients = self._snapshot(task, seed) if self.method.uses_gradients else {}
+            gradients = self.snapshot(task.train_dataset, seed) if self.method.uses_gradients else {}
             self.start_from(self._from_main_process(self.method.begin_task(self.layers, gradients, self.bases)))
             del gradients
         self.task_callback.begin_task(task.name)
@@ -217,7 +211,7 @@ class ContinualMixin(ConstrainedMixin):
             self.constraint.detach()
         accuracies = self._accuracies()
         self._unwrap()
-        gradients = self._snapshot(task, seed) if self.method.keeps_bases else {}
+        gradients = self.snapshot(task.train_dataset, seed) if self.method.keeps_bases else {}
         extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
         del gradients
         self.task_callback.end_task(
@@ -226,7 +220,7 @@ class ContinualMixin(ConstrainedMixin):
             extensions,
             steps=self.state.global_step,
             metrics=accuracies,
-            training=self._training_record(task),
+            training=training_record(task, self.eblora_config, self.args, self.constraint),
             write=self.args.should_save,
         )
         self.accelerator.wait_for_everyone()
@@ -281,34 +275,6 @@ class ContinualMixin(ConstrainedMixin):
         finally:
             self.args, self.train_dataset, self.eval_dataset, self.method = before
 
-    def _snapshot(self, task: Task, seed: int) -> dict[str, torch.Tensor]:
-        """Mean gradient of the task with respect to the full weights, through the trainer's own collator and loss."""
-        config, dataset = self.eblora_config, task.train_dataset
-        even = config.snapshot_sampling == "even"
-        indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
-        subset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        loader = self._get_dataloader(subset, "Snapshot", min(self._train_batch_size, len(indices)))
-        # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
-        precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
-        pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
-
-        def loss(model: PeftModel, inputs: dict) -> torch.Tensor:
-            with precision():
-                return self.compute_loss(model, inputs)
-
-        def batches() -> Iterator[tuple[dict, int]]:
-            for inputs in loader:
-                yield self._prepare_inputs(inputs), find_batch_size(inputs)
-
-        training = self.model.training
-        # without dropout, but activation checkpointing works in training mode alone
-        self.model.train(self.args.gradient_checkpointing)
-        try:
-            with pretrained():
-                return mean_gradients(self.model, self.layers, batches(), loss)
-        finally:
-            self.model.train(training)
-
     def _accuracies(self) -> dict[str, float]:
         """Evaluates all sets and returns the row of the accuracy matrix: accuracy by task name, where there is one."""
         if not isinstance(self.eval_dataset, dict):
@@ -336,34 +302,6 @@ class ContinualMixin(ConstrainedMixin):
             replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
             self.layers = find_layers(self.model, self.adapter)
         self.optimizer, self.lr_scheduler = None, None
-
-    def _training_record(self, task: Task) -> dict[str, Any]:
-        defaults = EBLoRAConfig()
-        options = {
-            name: value
-            for name, value in vars(self.eblora_config).items()
-            if name == "method" or value != getattr(defaults, name)
-        }
-        overrides = {
-            name: getattr(task, name)
-            for name in ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr")
-            if getattr(task, name) is not None
-        }
-        used = (
-            {"direction_lr": self.constraint.direction_lr, "scale_lr": self.constraint.scale_lr}
-            if self.constraint
-            else {}
-        )
-        packages = ("eblora-hf", "transformers", "peft", "accelerate", "torch")
-        return {
-            "eblora_config": options,
-            "task": overrides,
-            "rates": used,
-            "learning_rate": task.learning_rate or self.args.learning_rate,
-            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
-            "seed": self.args.seed,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        }
 
     def _from_main_process(self, value: Any) -> Any:
         """What the main process computed: decompositions may differ in the last bit between processes."""

@@ -349,7 +349,7 @@ def test_dropout_does_not_disturb_the_snapshot(tmp_path):
         trainer = make_trainer(tmp_path / str(seed), model=make_model("bert", dropout=0.5))
         trainer.train()  # opens the sequence
         torch.manual_seed(seed)
-        gradients.append(trainer._snapshot(trainer.tasks.tasks[0], seed=3))
+        gradients.append(trainer.snapshot(make_text_data("bert"), seed=3))
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name])
 

@@ -170,10 +170,16 @@ def pretrain(seed: int, train: Digits, progress: Callable[[], None] = lambda: No
 
 
 @contextlib.contextmanager
-def without_denormals() -> Iterator[None]:
-    """On a CPU, arithmetic on denormal numbers is many times slower."""
+def steady_cpu() -> Iterator[None]:
+    """
+    Runs on one thread, so that results do not depend on the number of cores (tensors this small gain nothing from
+    more), and without denormal numbers, on which a CPU is many times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_flush_denormal(False)

@@ -1,0 +1,42 @@
+"""What `eblora demo` does: one seed, a few methods, progress bars, tables, a plot and JSON."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .digits import PRETRAINING_STEPS, TASKS, load_digits, pretrain, steady_cpu
+from .protocol import METHODS, STEPS_PER_TASK, MethodResult, run_method
+from .report import plot_matrices, print_tables, save_results
+
+__all__ = ["METHODS", "run"]
+
+
+def run(seed: int, methods: list[str], output: Path) -> dict[str, MethodResult]:
+    """
+    Runs the methods on one seed and reports.
+
+    Args:
+        seed (`int`): Seed of data split, base model and training.
+        methods (`list[str]`): Out of `METHODS`.
+        output (`Path`): Existing folder for `results.json` and `accuracy_matrices.png`.
+
+    Returns:
+        `dict[str, MethodResult]`: By method.
+    """
+    console = Console()
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    splits, results = load_digits(seed), {}
+    with steady_cpu(), Progress(*columns, console=console) as progress:
+        bar = progress.add_task("pre-training on upright digits", total=PRETRAINING_STEPS)
+        model = pretrain(seed, splits["train"], lambda: progress.advance(bar))
+        for method in methods:
+            total = 1 if method == "frozen" else STEPS_PER_TASK * len(TASKS)
+            bar = progress.add_task(f"{method}: {len(TASKS)} tasks", total=total)
+            results[method] = run_method(method, model, splits, seed, advance=lambda bar=bar: progress.advance(bar))
+            progress.update(bar, completed=total)
+    print_tables(console, results)
+    save_results(results, seed, output / "results.json")
+    plot_matrices(results, output / "accuracy_matrices.png")
+    console.print(f"Written: {output / 'results.json'} and {output / 'accuracy_matrices.png'}")
+    return results

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up .venv, checks the style and runs the tests on the installed package, with the arguments given to pytest.
+set -euo pipefail
+bash "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/pytest "$@"

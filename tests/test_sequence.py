@@ -1,0 +1,197 @@
+"""The published sequence on disk: append-only, verified, and whole after a crash at any moment."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eblora_hf import PublishedSequence
+from eblora_hf.sequence import describe_base_model
+from eblora_hf.subspace import BasisExtension
+
+from .conftest import lora, make_model, orthonormal
+
+LAYER = "bert.encoder.layer.0.attention.self.query"
+
+
+def adapter(seed: int) -> dict[str, torch.Tensor]:
+    prefix = f"base_model.model.{LAYER}"
+    return {
+        f"{prefix}.lora_A.weight": orthonormal(32, 4, seed, torch.float32).T.contiguous(),
+        f"{prefix}.lora_B.weight": 0.1 * orthonormal(32, 4, seed + 9, torch.float32),
+    }
+
+
+def append(sequence: PublishedSequence, name: str, seed: int):
+    extensions = {LAYER: BasisExtension(orthonormal(32, 12, 7, torch.float32)[:, 4 * seed : 4 * seed + 4], 0.99)}
+    return sequence.append(
+        name,
+        adapter(seed),
+        lora(target_modules=["query"]),
+        extensions,
+        steps=5,
+        metrics={name: 0.5},
+        training={"seed": seed},
+    )
+
+
+def new_sequence(folder) -> PublishedSequence:
+    return PublishedSequence(folder, describe_base_model(make_model("bert")))
+
+
+def test_append_and_open(tmp_path):
+    sequence = new_sequence(tmp_path)
+    append(sequence, "one", 0)
+    before = {path: path.read_bytes() for path in (tmp_path / "tasks").rglob("*") if path.is_file()}
+    append(sequence, "two", 1)
+    assert all(path.read_bytes() == data for path, data in before.items())  # append-only
+    opened = PublishedSequence.open(tmp_path)
+    assert opened.names == ["one", "two"]
+    assert [task.folder for task in opened.tasks] == ["tasks/00-one", "tasks/01-two"]
+    assert torch.equal(opened.bases()[LAYER], orthonormal(32, 12, 7, torch.float32)[:, :8])
+    assert opened.tasks[1].metrics == {"two": 0.5}
+    root = load_file(tmp_path / "adapter_model.safetensors")
+    assert root[f"base_model.model.{LAYER}.lora_A.weight"].shape == (8, 32)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (8, 8, "LORA")
+    mode = (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777
+    assert mode == 0o666 & ~current_umask()
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_two_tasks_of_one_name_are_refused_and_nothing_changes(tmp_path):
+    sequence = new_sequence(tmp_path)
+    append(sequence, "one", 0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already has a task 'one'"):
+        append(sequence, "one", 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda f: (f / "eblora_sequence.json").unlink(), FileNotFoundError, "holds no sequence"),
+        (lambda f: (f / "eblora_sequence.json").write_text("{"), ValueError, "not a readable index"),
+        (lambda f: (f / "eblora_sequence.json").write_text("[]"), ValueError, "not a readable index"),
+        (lambda f: edit_index(f, format_version=2), ValueError, "format version 2 is newer than 1; update eblora_hf"),
+        (lambda f: edit_index(f, tasks=[{"name": "x"}]), ValueError, "not a readable index"),
+        (
+            lambda f: flip(f / "tasks/00-one/adapter_model.safetensors"),
+            ValueError,
+            "00-one/adapter_model.* was changed",
+        ),
+        (lambda f: flip(f / "tasks/00-one/training.json"), ValueError, r"00-one/training.json .* was changed"),
+        (lambda f: truncate(f / "tasks/00-one/subspace.safetensors"), ValueError, r"00-one/subspace.* was changed"),
+        (
+            lambda f: (f / "tasks/00-one/subspace.safetensors").unlink(),
+            FileNotFoundError,
+            r"00-one/subspace.* is missing",
+        ),
+    ],
+)
+def test_damage_is_named(tmp_path, change, error, words):
+    append(new_sequence(tmp_path), "one", 0)
+    change(tmp_path)
+    with pytest.raises(error, match=words):
+        PublishedSequence.open(tmp_path)
+
+
+def edit_index(folder, **changes):
+    path = folder / "eblora_sequence.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def test_fingerprint_ignores_adapters_and_sees_other_shapes():
+    from peft import get_peft_model
+
+    bare = make_model("bert")
+    described = describe_base_model(bare)
+    model = get_peft_model(bare, lora(task_type="SEQ_CLS"))
+    assert describe_base_model(model.get_base_model()) == described
+    assert describe_base_model(make_model("bert", seed=5)) == described  # weights are not part of it
+    assert describe_base_model(make_model("llama"))["fingerprint"] != described["fingerprint"]
+
+
+def test_a_full_disk_leaves_the_old_sequence(tmp_path, monkeypatch):
+    sequence = new_sequence(tmp_path)
+    append(sequence, "one", 0)
+    real, written = os.fsync, []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        append(sequence, "two", 1)
+    monkeypatch.undo()
+    assert PublishedSequence.open(tmp_path).names == ["one"]
+    assert sequence.names == ["one"]
+    append(sequence, "two", 1)  # once there is room again
+    assert PublishedSequence.open(tmp_path).names == ["one", "two"]
+
+
+def append_and_die(folder, after: int) -> None:
+    """Runs in a child process: kills it after so many renames and syncs, or exits with 0."""
+    sequence, count = PublishedSequence.open(folder), 0
+
+    def counted(function):
+        def call(*args):
+            nonlocal count
+            result = function(*args)
+            count += 1
+            if count == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    append(sequence, "two", 1)
+    os._exit(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("after", range(1, 27))
+def test_killed_while_appending_leaves_the_old_or_the_new_sequence(tmp_path, after):
+    """SIGKILL in a child process after the n-th file operation of the append, for every n."""
+    append(new_sequence(tmp_path), "one", 0)
+    child = os.fork()
+    if child == 0:
+        append_and_die(tmp_path, after)
+    status = os.waitpid(child, 0)[1]
+    killed = os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL if killed else os.WEXITSTATUS(status) == 0
+    opened = PublishedSequence.open(tmp_path)
+    assert opened.names in (["one"], ["one", "two"])
+    if not killed:
+        assert opened.names == ["one", "two"]
+    if opened.names == ["one"]:
+        append(opened, "two", 1)
+    assert PublishedSequence.open(tmp_path).bases()[LAYER].shape == (32, 8)
+    assert load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{LAYER}.lora_A.weight"].shape == (
+        8,
+        32,
+    )
