@@ -6,7 +6,9 @@ An adapter is a state dict by PEFT's file names (`base_model.model.<layer>.lora_
 updates is then their concatenation, A stacked along its rows and B along its columns, without rounding.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -87,7 +89,7 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
     """
     if EARLIER_TASKS in model.peft_config:
         model.delete_adapter(EARLIER_TASKS)
-    heads = {key: value for key, value in earlier.items() if ".lora_A." not in key and ".lora_B." not in key}
+    heads = heads_of(earlier)
     _load(model, adapter, heads)
     earlier = {key: value for key, value in earlier.items() if key not in heads}
     config = folded_config(model.peft_config[adapter], earlier)
@@ -123,7 +125,26 @@ def replace_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None
     model.set_requires_grad(adapter, False)
 
 
+def heads_of(adapter: AdapterState) -> AdapterState:
+    """The `modules_to_save` in an adapter: all that is not a LoRA factor."""
+    return {key: value for key, value in adapter.items() if ".lora_A." not in key and ".lora_B." not in key}
+
+
+@contextlib.contextmanager
+def with_heads(model: PeftModel, adapter: str, heads: AdapterState) -> Iterator[None]:
+    """Within the context the adapter has other `modules_to_save`; an empty `heads` changes nothing."""
+    before = heads_of(get_peft_model_state_dict(model, adapter_name=adapter)) if heads else {}
+    before = {key: value.detach().clone() for key, value in before.items()}
+    _load(model, adapter, heads)
+    try:
+        yield
+    finally:
+        _load(model, adapter, before)
+
+
 def _load(model: PeftModel, adapter: str, state: AdapterState) -> None:
+    if not state:
+        return
     result = set_peft_model_state_dict(model, state, adapter_name=adapter)
     if result.unexpected_keys:
         raise ValueError(

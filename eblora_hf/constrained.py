@@ -2,13 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from peft import PeftModel
 from torch.utils.data import Subset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .composition import EARLIER_TASKS
 from .config import EBLoRAConfig
@@ -144,3 +148,24 @@ class ConstrainedMixin:
         super()._load_best_model()
         if self.constraint is not None:
             self.constraint.load_state_dict(load_state(self.state.best_model_checkpoint))
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """
+    The newest checkpoint in a folder that was written to its end: `trainer_state.json`, written last, can be read.
+
+    `transformers.trainer_utils.get_last_checkpoint` also returns those a killed process left half-written.
+    """
+    numbered = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdecimal():
+            numbered[int(number)] = path
+    for number in sorted(numbered, reverse=True):
+        try:
+            state = TrainerState.load_from_json(str(numbered[number] / TRAINER_STATE_NAME))
+        except (OSError, TypeError, ValueError):
+            continue
+        if state.global_step == number:
+            return str(numbered[number])
+    return None

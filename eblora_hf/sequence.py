@@ -8,7 +8,8 @@ adapter.
     tasks/00-<name>/training.json                     how it was trained
 
 A task folder is written under a temporary name, synced and renamed; the index is replaced last. A crash leaves the old
-sequence or the new one.
+sequence or the new one. In between, the adapter of all tasks may be newer than the index: a reader refuses it, and the
+next writer derives it again.
 """
 
 import datetime
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ from peft import LoraConfig
 from torch import nn
 
 from .composition import AdapterState, concatenate, folded_config
+from .config import Task
+from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
 from .subspace import BasisExtension
 
 INDEX = "eblora_sequence.json"
 FORMAT_VERSION = 1
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_SUBSPACE, _TRAINING = "subspace.safetensors", "training.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SUBSPACE, TRAINING = "subspace.safetensors", "training.json"
 
 
 @dataclass
@@ -41,7 +45,8 @@ class TaskRecord:
 
     Args:
         name (`str`): Its name.
-        folder (`str`): Its folder, relative to the sequence.
+        folder (`str`): Its folder, relative to the sequence. The adapter in it is the base plus this task's update
+            alone, not the model after the task.
         created (`str`): When it was added, ISO 8601 in UTC.
         rank (`int`): LoRA rank of its update.
         steps (`int`): Optimizer steps it was trained for.
@@ -57,6 +62,13 @@ class TaskRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self):
+        Task(self.name, train_dataset=())  # the name is safe
+        if not self.folder.endswith(f"-{self.name}") or Path(self.folder).parts[:-1] != ("tasks",):
+            raise ValueError(f"task {self.name!r} lies in {self.folder!r}, outside of tasks/")
+        if any(not Path(file).match(f"{self.folder}/*") or ".." in Path(file).parts for file in self.files):
+            raise ValueError(f"task {self.name!r} has files outside of its folder: {sorted(self.files)}")
+
 
 class PublishedSequence:
     """
@@ -66,21 +78,35 @@ class PublishedSequence:
         folder (`str` or `Path`): Where the sequence is, or will be at the first `append`.
         base_model (`dict`): Identity of the base model, see [`describe_base_model`].
         tasks (`list[TaskRecord]`): The tasks already there; use [`PublishedSequence.open`] to read them.
+        bases (`str`, defaults to `"included"`): Where the bases are: in the task folders, `"withheld"`, or a Hub repo.
     """
 
-    def __init__(self, folder: str | Path, base_model: dict[str, Any], tasks: list[TaskRecord] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        base_model: dict[str, Any],
+        tasks: list[TaskRecord] | None = None,
+        *,
+        bases: str = "included",
+    ):
         self.folder = Path(folder)
         self.base_model = base_model
         self.tasks = tasks or []
+        self.bases_at = bases
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
         return (Path(folder) / INDEX).is_file()
 
     @classmethod
-    def open(cls, folder: str | Path) -> "PublishedSequence":
+    def open(cls, folder: str | Path, *, repair: bool = False) -> "PublishedSequence":
         """
         Reads the index and verifies every file in it.
+
+        Args:
+            folder (`str` or `Path`): The sequence.
+            repair (`bool`, defaults to `False`): Write the adapter of all tasks again from the task folders if it does
+                not fit the index, as after a crash. For a process that owns the sequence.
 
         Raises:
             FileNotFoundError: if there is no sequence, or a file of it is missing.
@@ -95,24 +121,19 @@ class PublishedSequence:
             if version > FORMAT_VERSION:
                 raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
             tasks = [TaskRecord(**task) for task in index["tasks"]]
-            sequence = cls(folder, index["base_model"], tasks)
-        except (KeyError, TypeError, ValueError) as error:
+            sequence = cls(folder, index["base_model"], tasks, bases=index["bases"])
+            root = {name: index["files"][name] for name in (ADAPTER, ADAPTER_CONFIG)}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable index: {error!s}.") from error
-        sequence.verify()
-        return sequence
-
-    def verify(self) -> None:
-        """Checks the sha256 of every task's files. Raises as [`PublishedSequence.open`] does."""
-        for task in self.tasks:
+        for task in tasks:
             for name, digest in task.files.items():
-                path = self.folder / name
-                if not path.is_file():
-                    raise FileNotFoundError(f"{path} of the task {task.name!r} is missing; restore the sequence.")
-                if _sha256(path) != digest:
-                    raise ValueError(
-                        f"{path} of the task {task.name!r} was changed after it was published (its sha256 differs "
-                        "from the index). Restore it from a copy of the sequence."
-                    )
+                if not name.endswith(SUBSPACE) or sequence.bases_at == "included" or (sequence.folder / name).exists():
+                    _verify(sequence.folder / name, digest, f"of the task {task.name!r}")
+        if repair and any(not _matches(sequence.folder / name, digest) for name, digest in root.items()):
+            sequence.write_root()
+        for name, digest in root.items():
+            _verify(sequence.folder / name, digest, "of all tasks")
+        return sequence
 
     def check_base_model(self, model: nn.Module) -> None:
         """
@@ -133,16 +154,52 @@ class PublishedSequence:
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
-    def adapters(self) -> list[AdapterState]:
-        """The folded adapter of each task."""
-        return [safetensors.torch.load_file(self.folder / task.folder / _ADAPTER) for task in self.tasks]
+    def select(self, upto: str | None = None, exclude: Collection[str] = ()) -> list[str]:
+        """
+        Names of the tasks up to one of them (included), without some.
+
+        Raises:
+            ValueError: for a name that no task has, or if nothing is left.
+        """
+        unknown = {name for name in (*exclude, *([] if upto is None else [upto])) if name not in self.names}
+        if isinstance(exclude, str) or unknown:
+            raise ValueError(f"upto={upto!r}, exclude={exclude!r}: expected names out of {', '.join(self.names)}.")
+        last = len(self.tasks) if upto is None else self.names.index(upto) + 1
+        chosen = [name for name in self.names[:last] if name not in exclude]
+        if not chosen:
+            raise ValueError(
+                f"upto={upto!r}, exclude={list(exclude)!r} leave none of the tasks {', '.join(self.names)}."
+            )
+        return chosen
+
+    def adapters(self, names: list[str] | None = None) -> list[AdapterState]:
+        """The folded adapter of each task, or of some in the order of `names`."""
+        tasks = self.tasks if names is None else [self.tasks[self.names.index(name)] for name in names]
+        return [safetensors.torch.load_file(self.folder / task.folder / ADAPTER) for task in tasks]
+
+    def config(self) -> LoraConfig:
+        """The configuration of the newest task's adapter, folded."""
+        return LoraConfig.from_pretrained(self.folder / self.tasks[-1].folder)
 
     def bases(self) -> dict[str, torch.Tensor]:
-        """Per layer name the basis of all tasks, `(d_in, p)`: the concatenation of what each task added."""
+        """
+        Per layer name the basis of all tasks, `(d_in, p)`: the concatenation of what each task added.
+
+        Raises:
+            FileNotFoundError: if the bases were not published with the sequence.
+        """
         columns: dict[str, list[torch.Tensor]] = {}
         for task in self.tasks:
-            path = self.folder / task.folder / _SUBSPACE
-            for key, value in safetensors.torch.load_file(path).items() if path.is_file() else ():
+            path = self.folder / task.folder / SUBSPACE
+            if f"{task.folder}/{SUBSPACE}" not in task.files:
+                continue
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is missing: the bases of this sequence were not published with it ({self.bases_at}). "
+                    "Without them a new task would overwrite what earlier ones learnt. Continue from the folder it "
+                    "was trained in."
+                )
+            for key, value in safetensors.torch.load_file(path).items():
                 if key.endswith(".columns"):
                     columns.setdefault(key.removesuffix(".columns"), []).append(value)
         return {name: torch.cat(added, dim=1) for name, added in columns.items()}
@@ -171,60 +228,76 @@ class PublishedSequence:
             training (`dict`): How it was trained, for `training.json`.
 
         Raises:
-            ValueError: if the sequence has a task of that name; nothing is written then.
+            ValueError: if the sequence has a task of that name, or other layers; nothing is written then.
         """
         if name in self.names:
             raise ValueError(f"The sequence in {self.folder} already has a task {name!r}; choose another name.")
+        concatenate([*self.adapters(), adapter])  # raises for other layers, before anything is written
         task_config = folded_config(config, adapter)
+        files = {
+            ADAPTER: tensor_bytes(adapter),
+            ADAPTER_CONFIG: json_bytes(_config_dict(task_config)),
+            TRAINING: json_bytes(training),
+        }
+        if extensions:
+            subspace = {}
+            for layer, extension in extensions.items():
+                subspace[f"{layer}.columns"] = extension.columns.cpu()
+                subspace[f"{layer}.captured"] = torch.tensor(extension.captured, dtype=torch.float64)
+            files[SUBSPACE] = tensor_bytes(subspace)
+        folder = f"tasks/{len(self.tasks):02d}-{name}"
         record = TaskRecord(
             name=name,
-            folder=f"tasks/{len(self.tasks):02d}-{name}",
+            folder=folder,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             rank=task_config.r,
             steps=steps,
             metrics=metrics,
+            files={f"{folder}/{file}": hashlib.sha256(data).hexdigest() for file, data in files.items()},
         )
-        root = concatenate([*self.adapters(), adapter])
-        final = self.folder / record.folder
+        final = self.folder / folder
         temporary = final.with_name(f".{final.name}.tmp")
         for leftover in (temporary, final):  # of a run that was killed before the index knew about it
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {
-            _ADAPTER: _tensors(adapter),
-            _ADAPTER_CONFIG: _json(_config_dict(task_config)),
-            _TRAINING: _json(training),
-        }
-        if extensions:
-            subspace = {f"{layer}.columns": extension.columns.cpu() for layer, extension in extensions.items()}
-            subspace |= {
-                f"{layer}.captured": torch.tensor(extension.captured, dtype=torch.float64)
-                for layer, extension in extensions.items()
-            }
-            files[_SUBSPACE] = _tensors(subspace)
         for file, data in files.items():
-            _write(temporary / file, data)
-            record.files[f"{record.folder}/{file}"] = hashlib.sha256(data).hexdigest()
+            write(temporary / file, data)
         os.replace(temporary, final)
-        _sync_folder(final.parent)
-        _write(self.folder / _ADAPTER, _tensors(root))
-        _write(self.folder / _ADAPTER_CONFIG, _json(_config_dict(folded_config(config, root))))
+        sync_folder(final.parent)
+        grown = PublishedSequence(self.folder, self.base_model, [*self.tasks, record], bases=self.bases_at)
+        for file, data in grown.state_after(len(grown.tasks)).items():  # the index last
+            write(self.folder / file, data)
+        self.tasks.append(record)
+        return record
+
+    def state_after(self, count: int) -> dict[str, bytes]:
+        """
+        The files in the root of the sequence after its first `count` tasks: their sum as one adapter, and the index.
+        """
+        tasks = self.tasks[:count]
+        adapter = concatenate(self.adapters([task.name for task in tasks]))
+        config = folded_config(LoraConfig.from_pretrained(self.folder / tasks[-1].folder), adapter)
+        root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(_config_dict(config))}
         index = {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
-            "tasks": [vars(task) for task in [*self.tasks, record]],
+            "bases": self.bases_at,
+            "files": {file: hashlib.sha256(data).hexdigest() for file, data in root.items()},
+            "tasks": [vars(task) for task in tasks],
         }
-        _write(self.folder / INDEX, _json(index))
-        self.tasks.append(record)
-        return record
+        return {**root, INDEX: json_bytes(index)}
+
+    def write_root(self) -> None:
+        """Writes the adapter of all tasks again, as the index describes it."""
+        for file, data in self.state_after(len(self.tasks)).items():
+            write(self.folder / file, data)
 
     def copy_to(self, folder: str | Path) -> "PublishedSequence":
         """Copies the sequence into a folder that holds none, index last, and opens the copy."""
         folder = Path(folder)
         for task in self.tasks:
             shutil.copytree(self.folder / task.folder, folder / task.folder, dirs_exist_ok=True)
-        for file in (_ADAPTER, _ADAPTER_CONFIG, INDEX):
-            _write(folder / file, (self.folder / file).read_bytes())
+        for file in (ADAPTER, ADAPTER_CONFIG, INDEX):
+            write(folder / file, (self.folder / file).read_bytes())
         return PublishedSequence.open(folder)
 
 
@@ -233,59 +306,32 @@ def describe_base_model(model: nn.Module) -> dict[str, Any]:
     Identity of a base model: its name and revision as far as known, its class, and a hash of all names and shapes.
     """
     config = getattr(model, "config", None)
-    shapes = sorted((name.replace(".base_layer", ""), list(p.shape)) for name, p in _base_parameters(model))
+    shapes = []
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:  # what PEFT added
+            shapes.append((name.replace(".base_layer", "").replace(".original_module", ""), list(parameter.shape)))
     return {
         "name_or_path": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(model).__name__,
-        "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "fingerprint": hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest(),
     }
 
 
-def _base_parameters(model: nn.Module):
-    """The parameters that the model had before PEFT wrapped it."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
-            yield name.replace(".original_module", ""), parameter
+def _verify(path: Path, digest: str, whose: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {whose} is missing; restore it from a copy of the sequence.")
+    if sha256(path) != digest:
+        raise ValueError(
+            f"{path} {whose} was changed after it was published (its sha256 differs from the index). Restore it from "
+            "a copy of the sequence; if a training run was killed here, run it again."
+        )
+
+
+def _matches(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
 
 
 def _config_dict(config: LoraConfig) -> dict[str, Any]:
     fields = config.to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
-
-
-def _tensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    return safetensors.torch.save({key: tensors[key].contiguous() for key in sorted(tensors)}, {"format": "pt"})
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: its old or its new content is there whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere folders cannot be opened, and renames are ordered by the file system
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

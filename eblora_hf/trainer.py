@@ -12,14 +12,21 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, Trainer, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback, training_record
-from .composition import concatenate, folded_adapter, put_earlier_tasks, replace_adapter
+from .composition import (
+    concatenate,
+    folded_adapter,
+    heads_of,
+    put_earlier_tasks,
+    replace_adapter,
+    with_heads,
+)
 from .config import EBLoRAConfig, Task
-from .constrained import ConstrainedMixin
+from .constrained import ConstrainedMixin, last_complete_checkpoint
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
@@ -157,7 +164,7 @@ class ContinualMixin(ConstrainedMixin):
                     f"continue an interrupted run, `sequence={str(folder)!r}` to append new tasks, or another "
                     "`output_dir`."
                 )
-            published = PublishedSequence.open(folder)
+            published = PublishedSequence.open(folder, repair=self.is_world_process_zero())
         elif self._source is not None:
             published = PublishedSequence.open(self._source)
             published.check_base_model(base)
@@ -180,22 +187,31 @@ class ContinualMixin(ConstrainedMixin):
         if not isinstance(resume, bool):
             return resume
         folder = self._checkpoint_folder(task)
-        checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
-        if resume and checkpoint is None and not self.task_callback.sequence.tasks:
+        checkpoint = last_complete_checkpoint(folder) if resume else None
+        if resume and checkpoint is None and not self.task_callback.sequence.tasks and not folder.is_dir():
             raise ValueError(
                 f"Nothing to resume: no finished task in {self.args.output_dir} and no checkpoint in {folder}. Call "
-                "train() without `resume_from_checkpoint`, and set `save_strategy` to have checkpoints."
+                "train() without `resume_from_checkpoint`."
             )
         return checkpoint
 
     def _checkpoint_folder(self, task: Task) -> Path:
         return Path(self.args.output_dir) / "checkpoints" / task.name
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        published = self.task_callback and self.task_callback.sequence
+        folder = Path(output_dir or self.args.output_dir).resolve()
+        if published and published.tasks and folder == published.folder.resolve() and self.args.should_save:
+            published.write_root()  # the bytes that the index knows
+
     # ---- one task ----
 
     def _learn(self, task: Task, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
         published, index = self.task_callback.sequence, len(self.task_callback.sequence.tasks)
         logger.info(f"***** Task {index}: {task.name} *****")
+        if self.args.should_save:
+            self._checkpoint_folder(task).mkdir(parents=True, exist_ok=True)  # from here on there is a run to resume
         self._reset(published)
         seed = self.args.seed + index
         set_seed(seed)
@@ -279,15 +295,15 @@ class ContinualMixin(ConstrainedMixin):
         """Evaluates all sets and returns the row of the accuracy matrix: accuracy by task name, where there is one."""
         if not isinstance(self.eval_dataset, dict):
             return {}
-        measured = self.evaluate()
         wanted = [name.removeprefix("eval_") for name in (self.args.metric_for_best_model, "accuracy") if name]
-        row = {}
-        for name in self.eval_dataset:
-            found = [
-                f"eval_{name}_{metric}"
-                for metric in wanted
-                if metric != "loss" and f"eval_{name}_{metric}" in measured
-            ]
+        published, row = self.task_callback.sequence, {}
+        for name, dataset in self.eval_dataset.items():
+            # an earlier task is measured with the head it was learnt with
+            head = heads_of(published.adapters([name])[0]) if name in published.names else {}
+            with with_heads(self.model, self.adapter, head):
+                measured = self.evaluate({name: dataset})
+            keys = [f"eval_{name}_{metric}" for metric in wanted if metric != "loss"]
+            found = [key for key in keys if key in measured]
             if found:
                 row[name] = float(measured[found[0]])
         return row

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from eblora_hf import PublishedSequence
-from eblora_hf.sequence import describe_base_model
+from eblora_hf.sequence import TaskRecord, describe_base_model
 from eblora_hf.subspace import BasisExtension
 
 from .conftest import lora, make_model, orthonormal
@@ -90,6 +90,14 @@ def test_two_tasks_of_one_name_are_refused_and_nothing_changes(tmp_path):
             ValueError,
             "00-one/adapter_model.* was changed",
         ),
+        (
+            lambda f: flip(f / "adapter_model.safetensors"),
+            ValueError,
+            "adapter_model.safetensors of all tasks was changed",
+        ),
+        (lambda f: edit_index(f, tasks=[record(folder="../up-one")]), ValueError, "outside of tasks/"),
+        (lambda f: edit_index(f, tasks=[record(files={"../x": "0"})]), ValueError, "files outside of its folder"),
+        (lambda f: edit_index(f, tasks=[record(name="../one")]), ValueError, "not a safe folder name"),
         (lambda f: flip(f / "tasks/00-one/training.json"), ValueError, r"00-one/training.json .* was changed"),
         (lambda f: truncate(f / "tasks/00-one/subspace.safetensors"), ValueError, r"00-one/subspace.* was changed"),
         (
@@ -104,6 +112,11 @@ def test_damage_is_named(tmp_path, change, error, words):
     change(tmp_path)
     with pytest.raises(error, match=words):
         PublishedSequence.open(tmp_path)
+
+
+def record(**changes):
+    plain = {"name": "one", "folder": "tasks/00-one", "created": "", "rank": 4, "steps": 1, "metrics": {}, "files": {}}
+    return plain | changes
 
 
 def edit_index(folder, **changes):
@@ -184,7 +197,12 @@ def test_killed_while_appending_leaves_the_old_or_the_new_sequence(tmp_path, aft
     status = os.waitpid(child, 0)[1]
     killed = os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL if killed else os.WEXITSTATUS(status) == 0
-    opened = PublishedSequence.open(tmp_path)
+    try:
+        PublishedSequence.open(tmp_path)
+    except ValueError as error:  # a reader refuses the moment between the new sum and the new index
+        assert "of all tasks was changed" in str(error)  # noqa: PT017
+        assert killed
+    opened = PublishedSequence.open(tmp_path, repair=True)
     assert opened.names in (["one"], ["one", "two"])
     if not killed:
         assert opened.names == ["one", "two"]
@@ -195,3 +213,15 @@ def test_killed_while_appending_leaves_the_old_or_the_new_sequence(tmp_path, aft
         8,
         32,
     )
+
+
+def test_selection():
+    sequence = PublishedSequence("nowhere", {}, [TaskRecord(**record(name=n, folder=f"tasks/00-{n}")) for n in "abc"])
+    assert sequence.select() == ["a", "b", "c"]
+    assert sequence.select(upto="b") == ["a", "b"]
+    assert sequence.select(exclude=["b"]) == ["a", "c"]
+    for options in ({"upto": "x"}, {"exclude": ["x"]}, {"exclude": "ab"}):
+        with pytest.raises(ValueError, match="expected names out of a, b, c"):
+            sequence.select(**options)
+    with pytest.raises(ValueError, match="leave none of the tasks"):
+        sequence.select(upto="a", exclude=["a"])

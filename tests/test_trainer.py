@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, Task, TaskSequence
+from eblora_hf.composition import heads_of, with_heads
 from eblora_hf.gradients import mean_gradients
 from eblora_hf.layers import find_layers
 
@@ -33,9 +34,8 @@ def make_trainer(folder, kind="bert", tasks=("one", "two"), cls=ContinualEBLoRAT
     return cls(**(defaults | overrides))
 
 
-def snapshot_of(trainer):
+def load_published(folder):
     """Everything a run leaves behind that must not depend on interruptions."""
-    folder = trainer.args.output_dir
     files = {str(p.relative_to(folder)): load_file(p) for p in sorted(Path(folder).glob("tasks/*/*.safetensors"))}
     return files | {"root": load_file(Path(folder) / "adapter_model.safetensors")}
 
@@ -236,12 +236,12 @@ def test_auto_rates_follow_the_number_of_steps(tmp_path):
 def test_one_dataset_is_one_task_and_another_run_appends(tmp_path):
     trainer = make_trainer(tmp_path, train_dataset=make_text_data("bert"), task_name="first")
     trainer.train()
-    before = snapshot_of(trainer)
+    before = load_published(trainer.args.output_dir)
     again = make_trainer(
         tmp_path, train_dataset=make_text_data("bert", seed=1), task_name="second", sequence=str(tmp_path)
     )
     again.train()
-    both = snapshot_of(again)
+    both = load_published(again.args.output_dir)
     assert PublishedSequence.open(tmp_path).names == ["first", "second"]
     assert all(
         torch.equal(both[name][key], value) for name in before if name != "root" for key, value in before[name].items()
@@ -251,7 +251,7 @@ def test_one_dataset_is_one_task_and_another_run_appends(tmp_path):
         tmp_path / "whole", train_dataset={"first": make_text_data("bert"), "second": make_text_data("bert", seed=1)}
     )
     whole.train()
-    assert_same_files(snapshot_of(whole), both)
+    assert_same_files(load_published(whole.args.output_dir), both)
 
 
 def test_a_sequence_is_continued_in_another_folder(tmp_path):
@@ -394,7 +394,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, method, task, st
     with pytest.raises(InterruptionError):
         run("parts", callbacks=[InterruptAt(task, step)])
     parts = run("parts", resume=step > 2 or task == "two")
-    assert_same_files(snapshot_of(whole), snapshot_of(parts))
+    assert_same_files(load_published(whole.args.output_dir), load_published(parts.args.output_dir))
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(a, b)
     last = "checkpoints/two/checkpoint-6"
@@ -478,12 +478,46 @@ def test_the_best_checkpoint_is_what_gets_published(tmp_path):
             )
 
 
-def test_an_incomplete_checkpoint_is_an_error(tmp_path):
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    """What a killed process leaves is never read: the newest complete checkpoint is used, with the same result."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "whole", **options).train()
+    with pytest.raises(InterruptionError):
+        make_trainer(tmp_path / "parts", **options, callbacks=[InterruptAt("one", 5)]).train()
+    newest = tmp_path / "parts/checkpoints/one/checkpoint-4"
+    state = (newest / "trainer_state.json").read_text()
+    (newest / "trainer_state.json").write_text(state[: len(state) // 2])
+    (newest / "optimizer.pt").write_bytes(b"")
+    trainer = make_trainer(tmp_path / "parts", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_files(load_published(tmp_path / "whole"), load_published(tmp_path / "parts"))
+
+
+def test_a_checkpoint_without_our_state_is_an_error(tmp_path):
     with pytest.raises(InterruptionError):
         make_trainer(tmp_path, save_strategy="steps", save_steps=2, callbacks=[InterruptAt("one", 5)]).train()
     (tmp_path / "checkpoints/one/checkpoint-4/eblora_state.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-4.eblora_state.safetensors is missing"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_earlier_tasks_are_measured_with_their_own_head(tmp_path):
+    evaluation = {name: make_text_data("bert", seed=i + 50) for i, name in enumerate(("one", "two"))}
+    trainer = make_trainer(
+        tmp_path,
+        peft_config=lora(task_type="SEQ_CLS"),
+        eval_dataset=evaluation,
+        compute_metrics=lambda prediction: {"accuracy": float(prediction.predictions.sum())},  # shows every change
+    )
+    trainer.train()
+    now = trainer.evaluate()
+    matrix = trainer.accuracy_matrix
+    assert matrix[1, 1] == pytest.approx(now["eval_two_accuracy"], rel=1e-5)
+    assert matrix[1, 0] != pytest.approx(now["eval_one_accuracy"], rel=1e-3)  # measured with the first task's head
+    first = heads_of(trainer.task_callback.sequence.adapters(["one"])[0])
+    with with_heads(trainer.model, "default", first):
+        assert matrix[1, 0] == pytest.approx(trainer.evaluate()["eval_one_accuracy"], rel=1e-5)
+    assert trainer.evaluate()["eval_two_accuracy"] == now["eval_two_accuracy"]
 
 
 # ---- errors ----
@@ -530,7 +564,7 @@ def test_peft_models_are_taken_as_they_are_or_refused(tmp_path):
 
 def test_an_existing_sequence_is_never_overwritten(tmp_path):
     make_trainer(tmp_path).train()
-    before = snapshot_of(make_trainer(tmp_path))
+    before = load_published(tmp_path)
     with pytest.raises(ValueError, match="already holds a sequence"):
         make_trainer(tmp_path).train()
     with pytest.raises(ValueError, match=r"already has the task\(s\) one, two"):
@@ -540,7 +574,7 @@ def test_an_existing_sequence_is_never_overwritten(tmp_path):
     other = make_model("llama")
     with pytest.raises(ValueError, match="whose weights have other names or shapes"):
         make_trainer(tmp_path, "llama", model=other, tasks=("three",), sequence=tmp_path).train()
-    assert_same_files(before, snapshot_of(make_trainer(tmp_path)))
+    assert_same_files(before, load_published(tmp_path))
 
 
 def test_a_missing_basis_is_an_error_and_not_a_warning(tmp_path):

@@ -1,0 +1,50 @@
+"""Files that are there whole or not at all, their bytes and their hashes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+
+def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A safetensors file, the same bytes for the same tensors."""
+    return safetensors.torch.save({key: tensors[key].contiguous() for key in sorted(tensors)}, {"format": "pt"})
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON file, the same bytes for the same value."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: its old or its new content is there whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    if os.name == "posix":  # elsewhere folders cannot be opened, and renames are ordered by the file system
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
