@@ -8,6 +8,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .callback import TaskSequenceCallback
     from .config import EBLoRAConfig, Task, TaskSequence
+    from .hub import SequenceConflictError, load_sequence, push_sequence
     from .metrics import ContinualMetrics, continual_metrics
     from .sequence import PublishedSequence
     from .trainer import ContinualEBLoRATrainer, ContinualMixin
@@ -19,10 +20,13 @@ _MODULE_OF = {
     "ContinualMixin": "trainer",
     "EBLoRAConfig": "config",
     "PublishedSequence": "sequence",
+    "SequenceConflictError": "hub",
     "Task": "config",
     "TaskSequence": "config",
     "TaskSequenceCallback": "callback",
     "continual_metrics": "metrics",
+    "load_sequence": "hub",
+    "push_sequence": "hub",
 }
 
 __all__ = [
@@ -31,11 +35,14 @@ __all__ = [
     "ContinualMixin",
     "EBLoRAConfig",
     "PublishedSequence",
+    "SequenceConflictError",
     "Task",
     "TaskSequence",
     "TaskSequenceCallback",
     "__version__",
     "continual_metrics",
+    "load_sequence",
+    "push_sequence",
 ]
 
 

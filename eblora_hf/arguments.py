@@ -24,11 +24,6 @@ def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
     if constrained:
         optim = str(getattr(args.optim, "value", args.optim))
         check_optimizer(f"optim={optim!r}", optim)
-    if args.push_to_hub:
-        raise ValueError(
-            "push_to_hub=True is not supported yet: train with push_to_hub=False, then upload the adapters in "
-            f"{args.output_dir!r} with `huggingface_hub.upload_folder`."
-        )
     for option, name in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
         if getattr(args, option, None):
             raise ValueError(

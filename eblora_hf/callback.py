@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .composition import AdapterState
 from .config import EBLoRAConfig, Task
 from .constraint import StiefelConstraint
+from .metrics import accuracy_matrix
 from .sequence import PublishedSequence
 from .subspace import BasisExtension
 
@@ -83,9 +84,7 @@ class TaskSequenceCallback(TrainerCallback):
 
     def accuracy_matrix(self) -> np.ndarray:
         """R[t][i], the accuracy on task i after learning task t, of shape `(T, T)`; NaN where it was not measured."""
-        names = self.sequence.names
-        rows = [[task.metrics.get(name, float("nan")) for name in names] for task in self.sequence.tasks]
-        return np.array(rows, dtype=np.float64).reshape(len(names), len(names))
+        return accuracy_matrix(self.sequence.names, [task.metrics for task in self.sequence.tasks])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.task_name is not None and state.log_history:

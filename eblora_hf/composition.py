@@ -90,13 +90,13 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
     if EARLIER_TASKS in model.peft_config:
         model.delete_adapter(EARLIER_TASKS)
     heads = heads_of(earlier)
-    _load(model, adapter, heads)
+    load_adapter(model, adapter, heads)
     earlier = {key: value for key, value in earlier.items() if key not in heads}
     config = folded_config(model.peft_config[adapter], earlier)
     config.modules_to_save = None  # one owner of the head among the active adapters
     # not model.add_adapter: task-specific classes would add their head to the configuration
     PeftModel.add_adapter(model, EARLIER_TASKS, config)
-    _load(model, EARLIER_TASKS, earlier)
+    load_adapter(model, EARLIER_TASKS, earlier)
     # the trainable one first: the Trainer saves and loads the first of several active adapters
     model.base_model.set_adapter([adapter, EARLIER_TASKS])
     model.set_requires_grad(EARLIER_TASKS, False)
@@ -119,7 +119,7 @@ def replace_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None
         if name in model.peft_config:
             model.delete_adapter(name)
     model.add_adapter(adapter, config)
-    _load(model, adapter, state)
+    load_adapter(model, adapter, state)
     model.set_adapter(adapter)
     model.delete_adapter(stand_in)
     model.set_requires_grad(adapter, False)
@@ -135,14 +135,15 @@ def with_heads(model: PeftModel, adapter: str, heads: AdapterState) -> Iterator[
     """Within the context the adapter has other `modules_to_save`; an empty `heads` changes nothing."""
     before = heads_of(get_peft_model_state_dict(model, adapter_name=adapter)) if heads else {}
     before = {key: value.detach().clone() for key, value in before.items()}
-    _load(model, adapter, heads)
+    load_adapter(model, adapter, heads)
     try:
         yield
     finally:
-        _load(model, adapter, before)
+        load_adapter(model, adapter, before)
 
 
-def _load(model: PeftModel, adapter: str, state: AdapterState) -> None:
+def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
+    """Loads tensors into an adapter. Raises a `ValueError` if the model has no place for some of them."""
     if not state:
         return
     result = set_peft_model_state_dict(model, state, adapter_name=adapter)

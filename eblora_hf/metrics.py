@@ -61,6 +61,22 @@ def transfer(matrix) -> float:
     return _mean([_mean(matrix[:i, i]) for i in range(1, len(matrix))])
 
 
+def accuracy_matrix(names: list[str], rows: list[dict[str, float]]) -> np.ndarray:
+    """
+    R from what was measured after each task.
+
+    Args:
+        names (`list[str]`): The T tasks in the order they were learnt.
+        rows (`list[dict[str, float]]`): Per learnt task the accuracies by task name; other names are passed over.
+
+    Returns:
+        `np.ndarray` of shape `(T, T)`, NaN where nothing was measured.
+    """
+    return np.array([[row.get(name, np.nan) for name in names] for row in rows], dtype=np.float64).reshape(
+        len(names), len(names)
+    )
+
+
 def continual_metrics(matrix) -> dict[str, float]:
     """
     All metrics of an accuracy matrix, by the names and formulas of `FORMULAS`.

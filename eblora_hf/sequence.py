@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -311,11 +312,17 @@ def describe_base_model(model: nn.Module) -> dict[str, Any]:
         if ".lora_" not in name and ".modules_to_save." not in name:  # what PEFT added
             shapes.append((name.replace(".base_layer", "").replace(".original_module", ""), list(parameter.shape)))
     return {
-        "name_or_path": getattr(config, "_name_or_path", "") or "",
+        "name_or_path": public_name(getattr(config, "_name_or_path", "")),
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(model).__name__,
         "fingerprint": hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest(),
     }
+
+
+def public_name(name_or_path: str | None) -> str:
+    """A model's name on the Hub, or "" for a local folder: paths of one machine are nobody else's business."""
+    name = str(name_or_path or "")
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else ""
 
 
 def _verify(path: Path, digest: str, whose: str) -> None:
@@ -333,5 +340,5 @@ def _matches(path: Path, digest: str) -> bool:
 
 
 def _config_dict(config: LoraConfig) -> dict[str, Any]:
-    fields = config.to_dict()
+    fields = config.to_dict() | {"base_model_name_or_path": public_name(config.base_model_name_or_path) or None}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}

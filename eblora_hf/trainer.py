@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback, training_record
+from .card import render_card
 from .composition import (
     concatenate,
     folded_adapter,
@@ -27,9 +28,12 @@ from .composition import (
 )
 from .config import EBLoRAConfig, Task
 from .constrained import ConstrainedMixin, last_complete_checkpoint
+from .files import write
+from .hub import fetch_sequence
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
+from .publisher import Publisher
 from .sequence import PublishedSequence, describe_base_model
 
 logger = logging.get_logger(__name__)
@@ -52,6 +56,8 @@ class ContinualMixin(ConstrainedMixin):
         sequence (`str` or `Path`, *optional*): Folder of a published sequence to continue. The new tasks are appended
             in `args.output_dir`, which may be the same folder.
         task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
+        push_bases (`bool` or `str`, defaults to `True`): With `args.push_to_hub`, where the bases go: into the
+            repository of the sequence, nowhere (`False`), or into another, private one. They can leak training data.
 
     Attributes:
         task_callback ([`TaskSequenceCallback`]): The bases and the published sequence, once `train` has begun.
@@ -69,6 +75,7 @@ class ContinualMixin(ConstrainedMixin):
         eblora_config: EBLoRAConfig | None = None,
         sequence: str | Path | None = None,
         task_name: str | None = None,
+        push_bases: bool | str = True,
         **kwargs,
     ):
         arguments = dict(inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments)
@@ -76,6 +83,11 @@ class ContinualMixin(ConstrainedMixin):
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
         check_set_up(arguments, self.method.constrained)
+        self._publisher = Publisher.from_arguments(arguments.get("args"), push_bases)
+        if self._publisher is not None:
+            # the parent would push checkpoints, optimizers and `training_args.bin`; we push the sequence
+            arguments["args"] = copy.copy(arguments["args"])
+            arguments["args"].push_to_hub = False
         model = arguments["model"] = with_adapter(arguments.get("model"), peft_config)
         self.adapter = model.active_adapters[0]
         self.layers = find_layers(model, self.adapter)
@@ -93,6 +105,31 @@ class ContinualMixin(ConstrainedMixin):
             )
 
     # ---- the sequence ----
+
+    def push_to_hub(self, commit_message: str | None = None, *args, **kwargs) -> str:
+        """
+        Pushes the sequence: per task that the Hub does not have yet one commit and one tag, and the model card.
+
+        Takes the arguments of `Trainer.push_to_hub`, of which only `token` and `revision` matter: messages and the
+        card describe the tasks.
+
+        Returns:
+            `str`: The repository id.
+        """
+        if self.task_callback is None:
+            raise ValueError("There is nothing to push before `train()` has learnt a task.")
+        publisher = self._publisher or Publisher.for_folder(self.args)
+        return publisher.push(self.task_callback.sequence, kwargs.get("token"), kwargs.get("revision"))
+
+    def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
+        """
+        Writes the card of the sequence to `args.output_dir`. Of `Trainer.create_model_card`'s arguments, the licence.
+        """
+        if self.task_callback is not None and self.task_callback.sequence.tasks and self.is_world_process_zero():
+            sequence = self.task_callback.sequence
+            write(
+                sequence.folder / "README.md", render_card(sequence, sequence.folder.resolve().name, license).encode()
+            )
 
     def train(
         self,
@@ -125,6 +162,8 @@ class ContinualMixin(ConstrainedMixin):
         self.remove_callback(TaskSequenceCallback)
         self.task_callback = TaskSequenceCallback(published)
         self.add_callback(self.task_callback)
+        if self._publisher is not None and self.args.should_save:
+            self._publisher.prepare(published)  # a bad token or a conflict shows before hours of training
         pending = [task for task in self.tasks if task.name not in published.names]
         outputs, history = [], []
         for task in pending:
@@ -133,6 +172,8 @@ class ContinualMixin(ConstrainedMixin):
             history += self.state.log_history
         self.state.log_history = history
         self._become_sum_of_tasks()
+        if self._publisher is not None and self.args.should_save:
+            self._publisher.finish(published)
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
         metrics = dict(outputs[-1].metrics) if outputs else {}
@@ -166,12 +207,10 @@ class ContinualMixin(ConstrainedMixin):
                 )
             published = PublishedSequence.open(folder, repair=self.is_world_process_zero())
         elif self._source is not None:
-            published = PublishedSequence.open(self._source)
-            published.check_base_model(base)
             if self.is_world_process_zero():
-                published = published.copy_to(folder)
+                fetch_sequence(self._source, token=self.args.hub_token, revision=self.args.hub_revision, folder=folder)
             self.accelerator.wait_for_everyone()
-            published.folder = folder
+            published = PublishedSequence.open(folder)
         else:
             return PublishedSequence(folder, describe_base_model(base))
         published.check_base_model(base)
@@ -239,6 +278,8 @@ class ContinualMixin(ConstrainedMixin):
             training=training_record(task, self.eblora_config, self.args, self.constraint),
             write=self.args.should_save,
         )
+        if self._publisher is not None and self.args.should_save:
+            self._publisher.publish(self.task_callback.sequence)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             self.task_callback.sequence = PublishedSequence.open(self.args.output_dir)

@@ -1,9 +1,18 @@
 """Tiny models from config and tiny data: nothing is downloaded."""
 
 import os
+import socket
+import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    HUB_PORT = probe.getsockname()[1]  # where tests/hub_server.py runs while a test wants a Hub, and nothing otherwise
+# huggingface_hub reads these when it is imported
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-cache-")
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("HF_TOKEN", None)
 
 import numpy as np
 import pytest

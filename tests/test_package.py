@@ -14,8 +14,8 @@ ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
     {"stiefel", "subspace", "metrics", "files", "version"},
     {"layers", "gradients", "factors", "optimizers", "constraint", "composition"},
-    {"config", "methods", "sequence"},
-    {"callback", "arguments", "constrained", "trainer", "analysis", "benchmark", "cli"},
+    {"config", "methods", "sequence", "hub", "card"},
+    {"callback", "publisher", "arguments", "constrained", "trainer", "analysis", "benchmark", "cli"},
 ]
 MODULES = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in ROOT.rglob("*.py"))
 

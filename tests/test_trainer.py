@@ -529,7 +529,6 @@ def test_earlier_tasks_are_measured_with_their_own_head(tmp_path):
         ({"peft_config": None}, ValueError, r"(?s)no LoRA adapter.*peft_config=LoraConfig\(r=16"),
         ({"model": None}, ValueError, "needs a `model`"),
         ({"peft_config": lora()}, ValueError, r"classifier: rank 4 exceeds the smaller side.*exclude_modules"),
-        ({"push_to_hub": True}, ValueError, "push_to_hub=True is not supported yet"),
         ({"train_dataset": {}}, ValueError, "at least one task"),
         ({"train_dataset": {"../up": [1]}}, ValueError, r"'../up' is not a safe folder name"),
         ({"train_dataset": {"a": [], "b": [1]}}, ValueError, "training set of 'a' is empty"),
@@ -543,8 +542,6 @@ def test_earlier_tasks_are_measured_with_their_own_head(tmp_path):
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, overrides, error, words):
     folder = tmp_path / "out"
-    if overrides.get("push_to_hub"):
-        overrides = {"args": make_arguments(folder, push_to_hub=True)}
     with pytest.raises(error, match=words):
         make_trainer(folder, **overrides)
     assert not folder.exists()

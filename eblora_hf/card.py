@@ -1,0 +1,121 @@
+"""The model card of a published sequence, from the template in `model_cards/`."""
+
+import json
+import math
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+from .composition import heads_of
+from .metrics import FORMULAS, accuracy_matrix, continual_metrics
+from .sequence import TRAINING, PublishedSequence
+
+_TASK_TYPES = {  # endings of transformers' class names, for the evaluation results
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForImageClassification": "image-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+
+
+def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None = None) -> str:
+    """
+    Text of `README.md` for a sequence: tasks, use, evaluation, training. No data rows and no local paths.
+
+    Args:
+        sequence ([`PublishedSequence`]): The sequence, with at least one task.
+        repo_id (`str`): Where it is, or will be; used in the loading code.
+        licence (`str`, *optional*): Identifier of a licence; without one the card asks for it.
+
+    Returns:
+        `str`: Metadata in YAML, then Markdown.
+    """
+    base = sequence.base_model
+    matrix = accuracy_matrix(sequence.names, [task.metrics for task in sequence.tasks])
+    measured = not math.isnan(matrix[-1][-1])
+    metrics = {name: value for name, value in continual_metrics(matrix).items() if not math.isnan(value)}
+    records = [json.loads((sequence.folder / task.folder / TRAINING).read_text()) for task in sequence.tasks]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(_template("sequence.md.jinja")).render(
+        metadata=_metadata(sequence, repo_id, licence, metrics).to_yaml(),
+        title=repo_id.rsplit("/", 1)[-1],
+        repo_id=repo_id,
+        base_name=base["name_or_path"] or f"a {base['architecture']}",
+        base_is_public=bool(base["name_or_path"]),
+        tasks=sequence.tasks,
+        tags=[f"task-{index:02d}-{task.name}" for index, task in enumerate(sequence.tasks)],
+        loading=loading_code(sequence, repo_id),
+        has_heads=bool(heads_of(sequence.adapters([sequence.names[-1]])[0])),
+        matrix=[[f"{value:.4g}" for value in row] for row in matrix] if measured else None,
+        metrics=[(name, f"{value:.4g}", FORMULAS[name]) for name, value in metrics.items()],
+        training=[_training_row(task.name, record) for task, record in zip(sequence.tasks, records, strict=True)],
+        versions=", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items()),
+        bases=sequence.bases_at,
+        licence_text=f"`{licence}`" if licence else "Not stated. **Please fill in `license`.**",
+    )
+
+
+def _template(name: str) -> str:
+    """A template of the wheel, or of `model_cards/` in a source tree."""
+    packaged = Path(__file__).with_name("model_cards") / name
+    return (packaged if packaged.is_file() else Path(__file__).parents[1] / "model_cards" / name).read_text("utf-8")
+
+
+def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
+    """The lines that load the sequence with plain PEFT."""
+    base = sequence.base_model
+    name = base["name_or_path"] or "the/base-model"
+    revision = f", revision={base['revision']!r}" if base["revision"] else ""
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            f"from transformers import {base['architecture']}",
+            "",
+            f"base_model = {base['architecture']}.from_pretrained({name!r}{revision})",
+            f"model = PeftModel.from_pretrained(base_model, {repo_id!r})",
+        ]
+    )
+
+
+def _metadata(
+    sequence: PublishedSequence, repo_id: str, licence: str | None, metrics: dict[str, float]
+) -> ModelCardData:
+    base, last = sequence.base_model, sequence.tasks[-1]
+    ending = next((kind for end, kind in _TASK_TYPES.items() if base["architecture"].endswith(end)), "other")
+    results = [
+        EvalResult(
+            task_type=ending,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="accuracy",
+            metric_name=f"after {last.name}",
+            metric_value=last.metrics[name],
+        )
+        for name in sequence.names
+        if name in last.metrics
+    ]
+    return ModelCardData(
+        base_model=base["name_or_path"] or None,
+        library_name="peft",
+        license=licence,
+        tags=["continual-learning", "eblora", "lora"],
+        pipeline_tag=None if ending == "other" else ending,
+        model_name=repo_id.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _training_row(name: str, record: dict) -> dict[str, str]:
+    options = {key: value for key, value in record["eblora_config"].items() if key != "method"} | record["task"]
+    return {
+        "name": name,
+        "method": record["eblora_config"]["method"],
+        "options": ", ".join(f"{key}={value}" for key, value in options.items()) or "none",
+        "learning_rate": record["learning_rate"],
+        "optim": record["optim"],
+        "seed": record["seed"],
+    }
