@@ -7,6 +7,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .callback import TaskSequenceCallback
+    from .composition import merge_into_base
     from .config import EBLoRAConfig, Task, TaskSequence
     from .hub import SequenceConflictError, load_sequence, push_sequence
     from .metrics import ContinualMetrics, continual_metrics
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "TaskSequenceCallback": "callback",
     "continual_metrics": "metrics",
     "load_sequence": "hub",
+    "merge_into_base": "composition",
     "push_sequence": "hub",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "continual_metrics",
     "load_sequence",
+    "merge_into_base",
     "push_sequence",
 ]
 

@@ -12,8 +12,12 @@ from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers.utils import logging
 
-from .layers import AdaptedLayer
+from .layers import AdaptedLayer, find_layers
+
+logger = logging.get_logger(__name__)
 
 EARLIER_TASKS = "earlier_tasks"
 _PREFIX = "base_model.model."
@@ -123,6 +127,48 @@ def replace_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None
     model.set_adapter(adapter)
     model.delete_adapter(stand_in)
     model.set_requires_grad(adapter, False)
+
+
+def merge_into_base(model: PeftModel, *, allow_lossy: bool = False) -> nn.Module:
+    """
+    Merges a model's adapter into the base weights and returns the base model.
+
+    In float32 this is exact up to rounding. Low-precision weights cannot hold a small update on top of themselves:
+    entries below half a unit in the last place are lost.
+
+    Args:
+        model (`PeftModel`): A model with one active LoRA adapter, as from [`load_sequence`].
+        allow_lossy (`bool`, defaults to `False`): Merge into bf16 or fp16 weights all the same, with a warning that
+            says how much of the update they keep.
+
+    Returns:
+        `nn.Module`: The base model with changed weights.
+
+    Raises:
+        ValueError: if the weights are of low precision and `allow_lossy` is not set; nothing is changed then.
+    """
+    layers = find_layers(model, model.active_adapters[0])
+    lossy = [layer for layer in layers if torch.finfo(layer.weight.dtype).bits < 32]
+    if lossy:
+        kept = [_kept_share(layer) for layer in lossy]
+        loss = (
+            f"Merging into {lossy[0].weight.dtype} weights keeps {sum(kept) / len(kept):.1%} of the update on "
+            f"average, {min(kept):.1%} in the worst of {len(lossy)} layers"
+        )
+        if not allow_lossy:
+            raise ValueError(
+                f"{loss}. Keep the adapter unmerged, load the base model in float32, or pass `allow_lossy=True`."
+            )
+        logger.warning(f"{loss}.")
+    return model.merge_and_unload()
+
+
+def _kept_share(layer: AdaptedLayer) -> float:
+    """<round(W + ΔW) - W, ΔW> / ‖ΔW‖², the share of a layer's update that its weights keep."""
+    delta = layer.module.get_delta_weight(layer.adapter).float()
+    weight = layer.weight.detach()
+    change = (weight + delta.to(weight.dtype)).float() - weight.float()
+    return ((change * delta).sum() / delta.square().sum().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
 
 def heads_of(adapter: AdapterState) -> AdapterState:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 
 from eblora_hf.analysis.spectra import mean_sigma_ratio, singular_values
@@ -10,6 +11,7 @@ from eblora_hf.composition import (
     concatenate,
     folded_adapter,
     folded_config,
+    merge_into_base,
     put_earlier_tasks,
     replace_adapter,
 )
@@ -129,3 +131,43 @@ def test_spectra_against_a_full_decomposition():
     zero = {key: torch.zeros_like(value) for key, value in balanced.items()}
     with pytest.raises(ValueError, match="None of the adapters holds an update"):
         mean_sigma_ratio([zero])
+
+
+def test_merging_is_exact_in_float32_and_refused_below():
+    model = trained_model(0)
+    expected = logits(model)
+    merged = merge_into_base(model)
+    assert not hasattr(merged, "peft_config")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    torch.manual_seed(0)
+    low = get_peft_model(make_model("bert", dtype=torch.bfloat16), lora(target_modules=["query"]))
+    for layer in find_layers(low, "default"):
+        torch.nn.init.normal_(layer.lora_B, std=1e-4)  # far below the weights' last place
+    weights = {layer.name: layer.weight.clone() for layer in find_layers(low, "default")}
+    with pytest.raises(
+        ValueError, match=r"Merging into torch.bfloat16 weights keeps \d+\.\d% of the update.*allow_lossy=True"
+    ):
+        merge_into_base(low)
+    assert all(torch.equal(layer.weight, weights[layer.name]) for layer in find_layers(low, "default"))
+
+
+def test_a_lossy_merge_states_what_is_really_kept(caplog):
+    model = get_peft_model(make_model("bert", dtype=torch.bfloat16), lora(target_modules=["query"]))
+    deltas, before = {}, {}
+    for layer in find_layers(model, "default"):
+        torch.nn.init.normal_(layer.lora_B, std=1e-3)
+        deltas[layer.name] = layer.module.get_delta_weight("default").float()
+        before[layer.name] = layer.weight.float().clone()
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            transformers.utils.logging.set_verbosity_warning()
+            merged = merge_into_base(model, allow_lossy=True)
+    finally:
+        transformers.utils.logging.disable_propagation()
+        transformers.utils.logging.set_verbosity_error()
+    kept = [
+        (((merged.get_submodule(name).weight.float() - before[name]) * delta).sum() / delta.square().sum()).item()
+        for name, delta in deltas.items()
+    ]
+    assert f"keeps {sum(kept) / len(kept):.1%} of the update on average, {min(kept):.1%} in the worst" in caplog.text
