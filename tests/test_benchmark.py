@@ -1,5 +1,6 @@
 """The embedded benchmark: its data, its command line, and (slow) what the methods reach."""
 
+import copy
 import json
 import os
 import stat
@@ -9,11 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from eblora_hf import __version__
+from eblora_hf import ContinualEBLoRATrainer, __version__, load_sequence
 from eblora_hf.benchmark import digits
 from eblora_hf.benchmark.protocol import MethodResult, run_method
 from eblora_hf.benchmark.report import plot_matrices, save_results
 from eblora_hf.cli import app
+
+from .conftest import lora, make_arguments
 
 runner = CliRunner()
 
@@ -131,3 +134,23 @@ def test_methods_reach_what_they_should(monkeypatch):
             assert untuned.MFN >= tuned.MFN - 4
         again = run_method("eblora", base, splits, 0)
         assert again == eblora  # the same numbers every time
+
+
+@pytest.mark.slow
+def test_a_bf16_base_is_composed_to_the_same_logits(tmp_path):
+    """What is loaded from disk computes what the trainer's model computed, on a bf16 base too."""
+    with digits.steady_cpu():
+        splits = digits.load_digits(0)
+        base = digits.pretrain(0, splits["train"]).to(torch.bfloat16)
+        trainer = ContinualEBLoRATrainer(
+            model=copy.deepcopy(base),
+            args=make_arguments(tmp_path, max_steps=20, per_device_train_batch_size=32),
+            peft_config=lora(exclude_modules=["classifier"]),
+            train_dataset={name: splits["train"].transformed(transform) for name, transform in digits.TASKS.items()},
+        )
+        trainer.train()
+        images = splits["test"].images.to(torch.bfloat16)
+        with torch.no_grad():
+            live = trainer.model.eval()(pixel_values=images).logits
+            loaded = load_sequence(copy.deepcopy(base), tmp_path)(pixel_values=images).logits
+        assert (live - loaded).abs().max() <= 2**-8 * live.abs().max()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from eblora_hf.analysis.spectra import mean_sigma_ratio, singular_values
 from eblora_hf.composition import (
@@ -171,3 +171,19 @@ def test_a_lossy_merge_states_what_is_really_kept(caplog):
         for name, delta in deltas.items()
     ]
     assert f"keeps {sum(kept) / len(kept):.1%} of the update on average, {min(kept):.1%} in the worst" in caplog.text
+
+
+@pytest.mark.parametrize(("s", "share"), [(0.005, 0.29), (0.02, 0.81), (0.1, 1.0)])
+def test_how_much_bf16_weights_keep_of_a_balanced_update(s, share):
+    """Why earlier tasks ride along instead of being merged: at the size updates have in large models, most is lost."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(2048, 2048, bias=False))
+    torch.nn.init.normal_(base[0].weight, std=0.02)
+    model = get_peft_model(base.to(torch.bfloat16), LoraConfig(r=16, lora_alpha=16, target_modules=["0"]))
+    (layer,) = find_layers(model, "default")
+    layer.lora_A.data = orthonormal(2048, 16, 1, torch.float32).T.contiguous()
+    layer.lora_B.data = s * orthonormal(2048, 16, 2, torch.float32)
+    with pytest.raises(ValueError, match="keeps") as error:
+        merge_into_base(model)
+    kept = float(str(error.value).split("keeps ")[1].split("%")[0]) / 100
+    assert kept == pytest.approx(share, abs=0.06)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -91,3 +94,31 @@ def test_indices():
         snapshot_indices(0, 0.2)
     with pytest.raises(ValueError, match=r"\(0, 1\], got 20"):
         snapshot_indices(10, 20)
+
+
+MEASURE = """
+import resource, torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from eblora_hf.gradients import mean_gradients
+from eblora_hf.layers import find_layers
+
+torch.set_num_threads(1)
+model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)])  # 256 MiB of weights
+model = get_peft_model(model, LoraConfig(r=2, target_modules=[str(i) for i in range(16)]))
+layers = find_layers(model, "default")
+loss = lambda model, batch: model(batch["x"]).square().mean()
+with torch.no_grad():
+    loss(model, {"x": torch.randn(2, 2048)})
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1024
+mean_gradients(model, layers, [({"x": torch.randn(2, 2048)}, 2) for _ in range(3)], loss)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024 / (16 * 2048 * 2048 * 4))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_extra_memory_is_at_most_one_and_a_half_times_the_weights():
+    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    ratio = float(result.stdout)
+    assert 0.9 < ratio <= 1.5  # the sum alone is 1.0
