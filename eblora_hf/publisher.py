@@ -6,7 +6,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .callback import TaskSequenceCallback
 from .card import render_card
+from .files import write
 from .hub import SequenceConflictError, check_remote, push_sequence
 from .sequence import PublishedSequence
 
@@ -18,50 +20,29 @@ class Publisher:
     Pushes a sequence to one repository. A push that fails never loses the local task: the next one makes up for it.
 
     Args:
-        repo_id (`str`): The repository.
-        token (`str`, *optional*), private (`bool`, *optional*), revision (`str`, *optional*), push_bases (`bool` or
-        `str`):
-            As in [`push_sequence`].
-        every_task (`bool`): Push after every task, not only at the end (`hub_strategy="end"`).
+        args (`TrainingArguments`): `push_to_hub` and the `hub_*` options. With `hub_strategy="end"` the sequence is
+            pushed once at the end, else after every task.
+        push_bases (`bool` or `str`): As in [`push_sequence`].
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        token: str | None,
-        private: bool | None,
-        revision: str | None,
-        push_bases: bool | str,
-        every_task: bool,
-    ):
-        self.repo_id, self.token, self.private, self.revision = repo_id, token, private, revision
-        self.push_bases, self.every_task = push_bases, every_task
+    def __init__(self, args: TrainingArguments, push_bases: bool | str):
+        self.automatic = args.push_to_hub
+        self.every_task = str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end"
+        self.repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        self.token, self.private, self.revision = args.hub_token, args.hub_private_repo, args.hub_revision
+        self.push_bases = push_bases
         self.failure: Exception | None = None
-
-    @classmethod
-    def from_arguments(cls, args: TrainingArguments | None, push_bases: bool | str = True) -> "Publisher | None":
-        """The publisher that the arguments ask for, or `None` without `push_to_hub`."""
-        if args is None or not args.push_to_hub:
-            return None
-        every_task = str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end"
-        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-        return cls(repo_id, args.hub_token, args.hub_private_repo, args.hub_revision, push_bases, every_task)
-
-    @classmethod
-    def for_folder(cls, args: TrainingArguments) -> "Publisher":
-        """The publisher of a call to `trainer.push_to_hub()` without `push_to_hub` in the arguments."""
-        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-        return cls(repo_id, args.hub_token, args.hub_private_repo, args.hub_revision, True, False)
 
     def prepare(self, sequence: PublishedSequence) -> None:
         """Creates the repository and raises if pushing is refused or would overwrite somebody else's tasks."""
-        self.repo_id = check_remote(
-            sequence, self.repo_id, token=self.token, private=self.private, revision=self.revision
-        )
+        if self.automatic:
+            self.repo_id = check_remote(
+                sequence, self.repo_id, token=self.token, private=self.private, revision=self.revision
+            )
 
     def publish(self, sequence: PublishedSequence) -> None:
         """Pushes after a task. A failure is logged and kept for `finish`, so that learning goes on."""
-        if not self.every_task:
+        if not self.automatic or not self.every_task:
             return
         try:
             self.push(sequence)
@@ -77,7 +58,7 @@ class Publisher:
         Raises:
             RuntimeError: if that fails: everything is learnt and saved, but not published.
         """
-        if self.every_task and self.failure is None:
+        if not self.automatic or not sequence.tasks:
             return
         try:
             self.push(sequence)
@@ -98,3 +79,51 @@ class Publisher:
             push_bases=self.push_bases,
             card=render_card,
         )
+
+
+class PublishingMixin:
+    """
+    What a `Trainer` publishes: the sequence, instead of its checkpoints and arguments.
+
+    Attributes:
+        publisher ([`Publisher`]): Where the sequence goes.
+        task_callback ([`TaskSequenceCallback`], *optional*): Holds the sequence, once `train` has begun.
+    """
+
+    publisher: Publisher
+    task_callback: TaskSequenceCallback | None = None
+
+    def push_to_hub(self, *args, token: str | None = None, revision: str | None = None, **kwargs) -> str | None:
+        """
+        Pushes the sequence: per task that the Hub does not have yet one commit and one tag, and the model card.
+
+        Takes the arguments of `Trainer.push_to_hub`, of which `token` and `revision` matter: commit messages and the
+        card describe the tasks.
+
+        Returns:
+            `str`: The repository id; `None` on other processes than the main one.
+
+        Raises:
+            ValueError: if nothing has been learnt.
+        """
+        if self.task_callback is None or not self.task_callback.sequence.tasks:
+            raise ValueError("There is nothing to push before `train()` has learnt a task.")
+        if not self.is_world_process_zero():
+            return None
+        return self.publisher.push(self.task_callback.sequence, token, revision)
+
+    def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
+        """
+        Writes the card of the sequence to `args.output_dir`. Takes the arguments of the parent; `license` matters.
+        """
+        if self.task_callback is not None and self.task_callback.sequence.tasks and self.is_world_process_zero():
+            sequence = self.task_callback.sequence
+            text = render_card(sequence, sequence.folder.resolve().name, license)
+            write(sequence.folder / "README.md", text.encode())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        sequence = self.task_callback and self.task_callback.sequence
+        folder = Path(output_dir or self.args.output_dir).resolve()
+        if sequence and sequence.tasks and folder == sequence.folder.resolve() and self.args.should_save:
+            sequence.write_root()  # the bytes that the index knows

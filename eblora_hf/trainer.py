@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, Trainer, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback, training_record
-from .card import render_card
 from .composition import (
     concatenate,
     folded_adapter,
@@ -28,18 +27,17 @@ from .composition import (
 )
 from .config import EBLoRAConfig, Task
 from .constrained import ConstrainedMixin, last_complete_checkpoint
-from .files import write
 from .hub import fetch_sequence
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
-from .publisher import Publisher
+from .publisher import Publisher, PublishingMixin
 from .sequence import PublishedSequence, describe_base_model
 
 logger = logging.get_logger(__name__)
 
 
-class ContinualMixin(ConstrainedMixin):
+class ContinualMixin(PublishingMixin, ConstrainedMixin):
     """
     Drives a sequence of tasks through a `Trainer`. Put it before the trainer class: `class T(ContinualMixin,
     Trainer)`.
@@ -65,7 +63,7 @@ class ContinualMixin(ConstrainedMixin):
 
     Raises:
         ValueError: if the model has no LoRA adapter and no `peft_config` was given, if an argument does not fit, or if
-            the set-up (DeepSpeed, FSDP, `push_to_hub`…) is not supported; the message says what to do.
+            the set-up (DeepSpeed, FSDP…) is not supported; the message says what to do.
     """
 
     def __init__(
@@ -83,19 +81,19 @@ class ContinualMixin(ConstrainedMixin):
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
         check_set_up(arguments, self.method.constrained)
-        self._publisher = Publisher.from_arguments(arguments.get("args"), push_bases)
-        if self._publisher is not None:
-            # the parent would push checkpoints, optimizers and `training_args.bin`; we push the sequence
-            arguments["args"] = copy.copy(arguments["args"])
-            arguments["args"].push_to_hub = False
         model = arguments["model"] = with_adapter(arguments.get("model"), peft_config)
         self.adapter = model.active_adapters[0]
         self.layers = find_layers(model, self.adapter)
         check_layers(self.layers, self.adapter, self.method.constrained)
         self.tasks = read_tasks(arguments, task_name)
+        if arguments.get("args") is None:
+            arguments["args"] = TrainingArguments()
+        self.publisher = Publisher(arguments["args"], push_bases)
+        # the parent would push checkpoints, optimizers and `training_args.bin`; we push the sequence
+        arguments["args"] = copy.copy(arguments["args"])
+        arguments["args"].push_to_hub = False
         super().__init__(**arguments)
         self._source = sequence
-        self.task_callback: TaskSequenceCallback | None = None
         self.start_from({})
         head = getattr(model.peft_config[self.adapter], "modules_to_save", None)
         if head and self.method.keeps_bases:
@@ -105,31 +103,6 @@ class ContinualMixin(ConstrainedMixin):
             )
 
     # ---- the sequence ----
-
-    def push_to_hub(self, commit_message: str | None = None, *args, **kwargs) -> str:
-        """
-        Pushes the sequence: per task that the Hub does not have yet one commit and one tag, and the model card.
-
-        Takes the arguments of `Trainer.push_to_hub`, of which only `token` and `revision` matter: messages and the
-        card describe the tasks.
-
-        Returns:
-            `str`: The repository id.
-        """
-        if self.task_callback is None:
-            raise ValueError("There is nothing to push before `train()` has learnt a task.")
-        publisher = self._publisher or Publisher.for_folder(self.args)
-        return publisher.push(self.task_callback.sequence, kwargs.get("token"), kwargs.get("revision"))
-
-    def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
-        """
-        Writes the card of the sequence to `args.output_dir`. Of `Trainer.create_model_card`'s arguments, the licence.
-        """
-        if self.task_callback is not None and self.task_callback.sequence.tasks and self.is_world_process_zero():
-            sequence = self.task_callback.sequence
-            write(
-                sequence.folder / "README.md", render_card(sequence, sequence.folder.resolve().name, license).encode()
-            )
 
     def train(
         self,
@@ -162,8 +135,8 @@ class ContinualMixin(ConstrainedMixin):
         self.remove_callback(TaskSequenceCallback)
         self.task_callback = TaskSequenceCallback(published)
         self.add_callback(self.task_callback)
-        if self._publisher is not None and self.args.should_save:
-            self._publisher.prepare(published)  # a bad token or a conflict shows before hours of training
+        if self.args.should_save:
+            self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
         pending = [task for task in self.tasks if task.name not in published.names]
         outputs, history = [], []
         for task in pending:
@@ -172,8 +145,8 @@ class ContinualMixin(ConstrainedMixin):
             history += self.state.log_history
         self.state.log_history = history
         self._become_sum_of_tasks()
-        if self._publisher is not None and self.args.should_save:
-            self._publisher.finish(published)
+        if self.args.should_save:
+            self.publisher.finish(published)
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
         metrics = dict(outputs[-1].metrics) if outputs else {}
@@ -237,13 +210,6 @@ class ContinualMixin(ConstrainedMixin):
     def _checkpoint_folder(self, task: Task) -> Path:
         return Path(self.args.output_dir) / "checkpoints" / task.name
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        published = self.task_callback and self.task_callback.sequence
-        folder = Path(output_dir or self.args.output_dir).resolve()
-        if published and published.tasks and folder == published.folder.resolve() and self.args.should_save:
-            published.write_root()  # the bytes that the index knows
-
     # ---- one task ----
 
     def _learn(self, task: Task, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
@@ -278,8 +244,8 @@ class ContinualMixin(ConstrainedMixin):
             training=training_record(task, self.eblora_config, self.args, self.constraint),
             write=self.args.should_save,
         )
-        if self._publisher is not None and self.args.should_save:
-            self._publisher.publish(self.task_callback.sequence)
+        if self.args.should_save:
+            self.publisher.publish(self.task_callback.sequence)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             self.task_callback.sequence = PublishedSequence.open(self.args.output_dir)
