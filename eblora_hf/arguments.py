@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from .config import Task, TaskSequence
 from .layers import AdaptedLayer
@@ -19,6 +21,11 @@ def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
     if arguments.get("model_init") is not None:
         raise ValueError("`model_init` is not supported: a sequence continues one model. Pass `model=` instead.")
     args = arguments.get("args")
+    if args is not None and (args.bf16_full_eval or args.fp16_full_eval):
+        raise ValueError(
+            "bf16_full_eval and fp16_full_eval are not supported: they cast the model's weights in place, and the "
+            "adapter and all later tasks would keep the rounding. Use bf16=True for evaluation under autocast."
+        )
     if args is None:
         return
     if constrained:
@@ -26,16 +33,26 @@ def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
         check_optimizer(f"optim={optim!r}", optim)
     for option, name in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
         if getattr(args, option, None):
-            raise ValueError(
-                f"{name} is not supported: the constraint needs whole LoRA matrices in the optimizer, and {name} "
-                "splits or flattens them. Use DistributedDataParallel (plain `torchrun` or `accelerate launch`)."
-            )
+            raise ValueError(unsupported_launcher(name))
+
+
+def unsupported_launcher(name: str) -> str:
+    """What to say of DeepSpeed and FSDP."""
+    return (
+        f"{name} is not supported: the constraint needs whole LoRA matrices in the optimizer, and {name} splits or "
+        "flattens them. Use DistributedDataParallel (plain `torchrun` or `accelerate launch`)."
+    )
 
 
 def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
     """The model with the LoRA adapter to train. Raises a `ValueError` if there is none, or no single one."""
-    if model is None:
-        raise ValueError("ContinualEBLoRATrainer needs a `model`.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"ContinualEBLoRATrainer needs a `model`, got {model!r}. Load it first, with `from_pretrained` for "
+            "instance."
+        )
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"`peft_config` must be a peft.LoraConfig, got {peft_config!r}.")
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
@@ -47,6 +64,11 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
                 f"Expected one active adapter, got {model.active_adapters}: call `model.set_adapter(name)`."
             )
         return model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The model carries an adapter from `model.add_adapter`, which transformers manages by itself. Pass the "
+            "model without it and a `peft_config`, or a PeftModel from `peft.get_peft_model`."
+        )
     if peft_config is None:
         raise ValueError(
             "The model has no LoRA adapter. Add one line to the trainer's arguments:\n"
@@ -85,6 +107,14 @@ def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence
     train, evaluation = arguments.get("train_dataset"), arguments.get("eval_dataset")
     if train is None:
         return None
+    if isinstance(train, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise ValueError(
+            f"train_dataset is a DatasetDict with the splits {', '.join(train)}; a sequence is a plain dict of "
+            "training sets by task name. Pass `train_dataset=data['train']`, or `dict(data)` if these are tasks "
+            "indeed."
+        )
+    if isinstance(train, (list, tuple)) and train and all(isinstance(task, Task) for task in train):
+        train = TaskSequence(list(train))
     several = isinstance(train, (Mapping, TaskSequence))
     if several and len(train) > 1 and (arguments.get("optimizers") or (None, None))[0] is not None:
         raise ValueError(
@@ -95,7 +125,9 @@ def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence
         raise ValueError(f"task_name={task_name!r} names a single data set, but train_dataset holds tasks with names.")
     if not several:
         tasks = TaskSequence([Task(task_name or "task", train)])
-        if isinstance(evaluation, Mapping) and tasks.names[0] in evaluation:
+        if not isinstance(evaluation, Mapping):
+            tasks.tasks[0].eval_dataset = evaluation
+        elif tasks.names[0] in evaluation:
             tasks.tasks[0].eval_dataset = evaluation[tasks.names[0]]
     else:
         tasks = train if isinstance(train, TaskSequence) else TaskSequence(train)
@@ -111,7 +143,12 @@ def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence
                     "Its keys are the names of the tasks (more are welcome)."
                 )
             tasks = TaskSequence([dataclasses.replace(task, eval_dataset=evaluation[task.name]) for task in tasks])
+    given = (arguments.get("optimizers") or (None, None))[0] is not None
     for task in tasks:
+        if given and task.learning_rate is not None:
+            raise ValueError(
+                f"The task {task.name!r} sets a learning rate, but `optimizers` brings its own. Drop one."
+            )
         if not hasattr(task.train_dataset, "__len__") or not hasattr(task.train_dataset, "__getitem__"):
             raise ValueError(
                 f"The training set of {task.name!r} ({type(task.train_dataset).__name__}) has no length: the gradient "

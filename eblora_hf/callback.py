@@ -16,6 +16,7 @@ from .constraint import StiefelConstraint
 from .metrics import accuracy_matrix
 from .sequence import PublishedSequence
 from .subspace import BasisExtension
+from .version import __version__
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +93,11 @@ class TaskSequenceCallback(TrainerCallback):
 
 
 def training_record(
-    task: Task, config: EBLoRAConfig, args: TrainingArguments, constraint: StiefelConstraint | None
+    task: Task,
+    config: EBLoRAConfig,
+    args: TrainingArguments,
+    optimizer: torch.optim.Optimizer,
+    constraint: StiefelConstraint | None,
 ) -> dict[str, Any]:
     """How a task was trained: what differs from the defaults, the rates in use, the seed and the library versions."""
     defaults, overrides = (
@@ -100,13 +105,18 @@ def training_record(
         ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr"),
     )
     changed = {key: value for key, value in vars(config).items() if value != getattr(defaults, key)}
-    packages = ("eblora-hf", "transformers", "peft", "accelerate", "torch")
+    packages = ("transformers", "peft", "accelerate", "torch")
+    group = optimizer.param_groups[0]
     return {
         "eblora_config": {"method": config.method} | changed,
         "task": {key: getattr(task, key) for key in overrides if getattr(task, key) is not None},
         "rates": {"direction_lr": constraint.direction_lr, "scale_lr": constraint.scale_lr} if constraint else {},
-        "learning_rate": task.learning_rate or args.learning_rate,
+        "learning_rate": float(group.get("initial_lr", group["lr"])),
         "optim": str(getattr(args.optim, "value", args.optim)),
         "seed": args.seed,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            "eblora-hf": __version__,
+            **{name: version(name) for name in packages},
+        },
     }

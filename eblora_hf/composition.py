@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import nn
 from transformers.utils import logging
 
+from .factors import Factors
 from .layers import AdaptedLayer, find_layers
 
 logger = logging.get_logger(__name__)
@@ -25,17 +26,28 @@ _PREFIX = "base_model.model."
 AdapterState = dict[str, torch.Tensor]
 
 
-def folded_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> AdapterState:
+def folded_adapter(
+    model: PeftModel, layers: list[AdaptedLayer], factors: dict[str, Factors] | None = None
+) -> AdapterState:
     """
     The adapter of `layers` with the scaling folded into lora_B, and its `modules_to_save`, on the CPU.
+
+    Args:
+        model (`PeftModel`): The model.
+        layers (`list[AdaptedLayer]`): The layers of one adapter.
+        factors (`dict[str, Factors]`, *optional*): Masters of a constraint by layer name, to take instead of
+            parameters that may have rounded them.
 
     Returns:
         `dict[str, torch.Tensor]`: By PEFT's file names.
     """
     state = get_peft_model_state_dict(model, adapter_name=layers[0].adapter)
     for layer in layers:
-        key = f"{_PREFIX}{layer.name}.lora_B.weight"
-        state[key] = state[key] * layer.scaling
+        a, b = (f"{_PREFIX}{layer.name}.{kind}.weight" for kind in ("lora_A", "lora_B"))
+        if factors:
+            state[a], state[b] = factors[layer.name].V.mT, factors[layer.name].s * factors[layer.name].U
+        else:
+            state[b] = state[b] * layer.scaling
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
 
@@ -101,6 +113,14 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
     # not model.add_adapter: task-specific classes would add their head to the configuration
     PeftModel.add_adapter(model, EARLIER_TASKS, config)
     load_adapter(model, EARLIER_TASKS, earlier)
+    activate(model, adapter)
+
+
+def activate(model: PeftModel, adapter: str) -> None:
+    """Makes an adapter active and trainable, and with it the frozen earlier tasks if there are any."""
+    if EARLIER_TASKS not in model.peft_config:
+        model.set_adapter(adapter)
+        return
     # the trainable one first: the Trainer saves and loads the first of several active adapters
     model.base_model.set_adapter([adapter, EARLIER_TASKS])
     model.set_requires_grad(EARLIER_TASKS, False)
@@ -117,7 +137,9 @@ def replace_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None
     """
     config = folded_config(model.peft_config[adapter], state)
     stand_in = "replaced"  # PEFT wants one adapter to be active at any time
-    PeftModel.add_adapter(model, stand_in, LoraConfig(r=1, target_modules=config.target_modules))
+    small = copy.deepcopy(config)
+    small.r, small.rank_pattern, small.alpha_pattern, small.modules_to_save = 1, {}, {}, None
+    PeftModel.add_adapter(model, stand_in, small)
     model.set_adapter(stand_in)
     for name in (adapter, EARLIER_TASKS):
         if name in model.peft_config:

@@ -92,6 +92,8 @@ class EBLoRAConfig:
         for name in ("direction_lr", "scale_lr"):
             setattr(self, name, check_rate(name, getattr(self, name)))
         for field in dataclasses.fields(self):
+            if field.type is float:  # YAML reads 1e-3 as text
+                setattr(self, field.name, _number(field.name, getattr(self, field.name)))
             choices = getattr(field.type, "__args__", ())
             if getattr(field.type, "__origin__", None) is Literal and getattr(self, field.name) not in choices:
                 raise ValueError(
@@ -133,6 +135,13 @@ class EBLoRAConfig:
         if name == "mllm-dcl":
             return cls(**released, scale_lr=1e-4, init_scale_alpha=0.01, init_scale_beta=0.03)  # γ = 5
         raise ValueError(f"EBLoRAConfig.preset({name!r}): expected 'ucit' or 'mllm-dcl'.")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a number.") from error
 
 
 def check_rate(name: str, value: Any) -> float | str:

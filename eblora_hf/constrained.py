@@ -1,6 +1,7 @@
 """The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .composition import EARLIER_TASKS
+from .composition import EARLIER_TASKS, activate
 from .config import EBLoRAConfig
 from .constraint import StiefelConstraint
 from .factors import Factors, factors_from_state, load_state, save_state
@@ -31,6 +32,7 @@ class ConstrainedMixin:
     Attributes:
         eblora_config ([`EBLoRAConfig`]): The options.
         method ([`Method`]): What constrains the steps, if anything.
+        adapter (`str`): Name of the adapter that is trained.
         layers (`list[AdaptedLayer]`): The layers whose adapter is trained.
         bases (`dict[str, torch.Tensor]`): Per layer name the basis of earlier tasks, `(d_in, p)`.
         constraint ([`StiefelConstraint`], *optional*): The constraint, from the creation of the scheduler on.
@@ -38,12 +40,15 @@ class ConstrainedMixin:
 
     eblora_config: EBLoRAConfig
     method: Method
+    adapter: str
     layers: list[AdaptedLayer]
     bases: dict[str, torch.Tensor]
     constraint: StiefelConstraint | None = None
 
     def start_from(self, factors: dict[str, Factors]) -> None:
-        """Sets the factors that the next training starts from, and forgets the constraint before."""
+        """Sets the factors that the next training starts from, and lets go of the constraint before."""
+        if self.constraint is not None:
+            self.constraint.detach()
         self.constraint, self._factors, self._state = None, factors, None
 
     def snapshot(self, dataset: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -61,22 +66,29 @@ class ConstrainedMixin:
         even = config.snapshot_sampling == "even"
         indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
         subset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+        arguments, self.args = self.args, copy.copy(self.args)
+        self.args.dataloader_drop_last = False  # every chosen sample counts
         loader = self._get_dataloader(subset, "Snapshot", min(self._train_batch_size, len(indices)))
+        self.args = arguments
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
         pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
 
         def loss(model: PeftModel, inputs: dict) -> torch.Tensor:
+            # a user's loss function is promised the number of items; models take their own mean without it
+            count = self._get_num_items_in_batch([inputs], self.args.device) if self.compute_loss_func else None
             with precision():
-                return self.compute_loss(model, inputs)
+                return self.compute_loss(model, inputs, num_items_in_batch=count)
 
         def batches() -> Iterator[tuple[dict, int]]:
             for inputs in loader:
                 yield self._prepare_inputs(inputs), find_batch_size(inputs)
 
         training = self.model.training
-        # without dropout, but activation checkpointing works in training mode alone
-        self.model.train(self.args.gradient_checkpointing)
+        self.model.eval()  # without dropout
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # the module itself, not its children: it checkpoints in training mode alone
         try:
             with pretrained():
                 return mean_gradients(self.model, self.layers, batches(), loss)
@@ -139,13 +151,23 @@ class ConstrainedMixin:
             save_state(self.constraint.state_dict(), output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        for name in () if self.args.save_only_model else (OPTIMIZER_NAME, SCHEDULER_NAME):
+            if not (Path(resume_from_checkpoint) / name).is_file():
+                raise FileNotFoundError(
+                    f"{name} is missing in {resume_from_checkpoint}: the training would go on with a fresh "
+                    "optimizer. Delete the folder and resume from an earlier checkpoint."
+                )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        activate(self.model, self.adapter)  # the parent leaves one adapter active
         if self.method.constrained:
             self._state = load_state(resume_from_checkpoint)
             self._factors = factors_from_state(self._state, self.layers)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if self.adapter != "default":  # PEFT saves it in a sub-folder, where the parent does not look
+            self.model.load_adapter(str(Path(self.state.best_model_checkpoint) / self.adapter), self.adapter)
+        activate(self.model, self.adapter)
         if self.constraint is not None:
             self.constraint.load_state_dict(load_state(self.state.best_model_checkpoint))
 

@@ -17,7 +17,7 @@ def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
 
 def json_bytes(value: Any) -> bytes:
     """A JSON file, the same bytes for the same value."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def sha256(path: Path) -> str:

@@ -72,8 +72,7 @@ def mean_gradients(
             if name in sums:
                 sums[name].add_(gradient, alpha=batch_weight)
             else:
-                dtype = torch.promote_types(gradient.dtype, torch.float32)
-                sums[name] = gradient.detach().to(dtype).mul_(batch_weight)
+                sums[name] = gradient.detach().to(_sum_dtype(gradient)).mul_(batch_weight)
 
         return hook
 
@@ -87,6 +86,8 @@ def mean_gradients(
             for handle in handles:
                 handle.remove()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for layer in layers:  # a process whose batches did not reach a layer takes part all the same
+            sums.setdefault(layer.name, torch.zeros_like(layer.weight, dtype=_sum_dtype(layer.weight)))
         total = torch.tensor(weight_sum, dtype=torch.float64, device=layers[0].weight.device)
         for summand in (total, *(sums[layer.name] for layer in layers)):
             torch.distributed.all_reduce(summand)
@@ -100,6 +101,10 @@ def mean_gradients(
                 "`target_modules`."
             )
     return {layer.name: layer.oriented(sums[layer.name].div_(weight_sum)) for layer in layers}
+
+
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# `init_lora_weights` values that leave the base weights alone; pissa, olora, corda, loftq and others change them
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# `init_lora_weights` values that start from a zero update; pissa, olora, corda, loftq and others change the base
+# weights
+_PLAIN_INITS = (True, "gaussian", "eva")
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,11 @@ def _check_config(config) -> None:
             f"LoraConfig(bias={config.bias!r}) is not supported: the biases of the base model would be trained "
             "without protection and are not part of a task's adapter. Use bias='none'."
         )
-    if not any(config.init_lora_weights is plain or config.init_lora_weights == plain for plain in _PLAIN_INITS):
+    if config.init_lora_weights not in _PLAIN_INITS:
         raise ValueError(
             f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) is not supported: it changes the base "
-            "weights, on which all tasks of a sequence rely. Use init_lora_weights=True; the factors are initialised "
-            "per task anyway."
+            "weights, on which all tasks of a sequence rely, or starts from an update that is not zero. Use "
+            "init_lora_weights=True; the factors are initialised per task anyway."
         )
 
 

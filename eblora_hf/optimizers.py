@@ -11,6 +11,8 @@ _REFUSED = {
     "galore": "it projects gradients of its own choice, and layer-wise variants step inside the backward pass",
     "apollo": "it projects gradients of its own choice, and layer-wise variants step inside the backward pass",
     "layerwisedummy": "layer-wise optimizers step inside the backward pass, before a constraint can act",
+    "lamb": "it scales its steps by the size of the parameters, which is fixed on the manifold",
+    "lars": "it scales its steps by the size of the parameters, which is fixed on the manifold",
     "lbfgs": "it needs a closure, which recomputes gradients after they were projected",
 }
 
@@ -27,7 +29,16 @@ def plain_optimizer(optimizer) -> torch.optim.Optimizer:
         if not hasattr(optimizer, "optimizer"):
             raise TypeError(f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         optimizer = optimizer.optimizer
-    check_optimizer(f"The optimizer {type(optimizer).__name__}", type(optimizer).__name__)
+    name = type(optimizer).__name__
+    check_optimizer(f"The optimizer {name}", name)
+    scaled = isinstance(optimizer, getattr(torch.optim, "Adafactor", ())) or any(
+        group.get("scale_parameter") for group in optimizer.param_groups
+    )
+    if scaled:
+        raise ValueError(
+            f"The optimizer {name} cannot be kept on the manifold: {_REFUSED['lamb']}. Use transformers' Adafactor "
+            "with `scale_parameter=False, relative_step=False`, which is TrainingArguments(optim='adafactor')."
+        )
     return optimizer
 
 

@@ -138,17 +138,25 @@ class PublishedSequence:
 
     def check_base_model(self, model: nn.Module) -> None:
         """
-        Raises if `model` has another architecture than the one the tasks were learnt on.
+        Raises if `model` has other weights, by name, shape or value, than the one the tasks were learnt on.
 
         Raises:
             ValueError: naming both.
         """
-        described = describe_base_model(model)
+        described = describe_base_model(model, self.base_model.get("heads", ()))
         if described["fingerprint"] != self.base_model["fingerprint"]:
             raise ValueError(
                 f"The sequence in {self.folder} was learnt on {self.base_model['name_or_path']!r} "
                 f"({self.base_model['architecture']}), whose weights have other names or shapes than those of "
                 f"{described['name_or_path']!r} ({described['architecture']}). Load the base model it was learnt on."
+            )
+        digests = described["weights"], self.base_model["weights"]
+        if None not in digests and digests[0] != digests[1]:
+            raise ValueError(
+                f"The sequence in {self.folder} was learnt on {self.base_model['name_or_path']!r}, whose weights "
+                f"have other values than those of {described['name_or_path']!r}: its updates mean nothing on them. "
+                "Load the base model it was learnt on; if a part of it was initialised at random, save it first and "
+                "load it again."
             )
 
     @property
@@ -172,6 +180,26 @@ class PublishedSequence:
                 f"upto={upto!r}, exclude={list(exclude)!r} leave none of the tasks {', '.join(self.names)}."
             )
         return chosen
+
+    def names_without_basis(self) -> list[str]:
+        """Tasks learnt by a method that keeps none."""
+        return [task.name for task in self.tasks if f"{task.folder}/{SUBSPACE}" not in task.files]
+
+    def check_strays(self, name: str) -> None:
+        """
+        Raises if the folder holds tasks that the index does not know, other than what a killed `append` of `name`
+        leaves.
+
+        Raises:
+            ValueError: naming them: the index was lost, and appending would destroy them.
+        """
+        known = {Path(task.folder).name for task in self.tasks} | {f"{len(self.tasks):02d}-{name}"}
+        strays = [path.name for path in self.folder.glob("tasks/[!.]*") if path.name not in known]
+        if strays:
+            raise ValueError(
+                f"{self.folder / 'tasks'} holds {', '.join(sorted(strays))}, which the index ({INDEX}) does not "
+                "list. Restore the index from a copy of the sequence, or use another folder."
+            )
 
     def adapters(self, names: list[str] | None = None) -> list[AdapterState]:
         """The folded adapter of each task, or of some in the order of `names`."""
@@ -229,10 +257,13 @@ class PublishedSequence:
             training (`dict`): How it was trained, for `training.json`.
 
         Raises:
-            ValueError: if the sequence has a task of that name, or other layers; nothing is written then.
+            ValueError: if the sequence has a task of that name, or other layers, or there are tasks in its folder that
+            it
+                does not know; nothing is written then.
         """
         if name in self.names:
             raise ValueError(f"The sequence in {self.folder} already has a task {name!r}; choose another name.")
+        self.check_strays(name)
         concatenate([*self.adapters(), adapter])  # raises for other layers, before anything is written
         task_config = folded_config(config, adapter)
         files = {
@@ -302,20 +333,42 @@ class PublishedSequence:
         return PublishedSequence.open(folder)
 
 
-def describe_base_model(model: nn.Module) -> dict[str, Any]:
+def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[str, Any]:
     """
-    Identity of a base model: its name and revision as far as known, its class, and a hash of all names and shapes.
+    Identity of a base model.
+
+    Args:
+        model (`nn.Module`): The model, with or without adapters.
+        heads (collection of `str`): Names of its `modules_to_save`, whose values do not matter: adapters bring their
+        own.
+
+    Returns:
+        `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
+            one of
+        the first values of each, rounded to bf16 so that the precision it is loaded in does not matter (`None` for
+        fp16 and integer weights, which round differently).
     """
     config = getattr(model, "config", None)
-    shapes = []
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:  # what PEFT added
-            shapes.append((name.replace(".base_layer", "").replace(".original_module", ""), list(parameter.shape)))
+    shapes, values = [], hashlib.sha256()
+    own = {
+        name.replace(".base_layer", "").replace(".original_module", ""): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name  # what PEFT added
+    }
+    for name, parameter in sorted(own.items()):
+        shapes.append((name, list(parameter.shape)))
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            values = None
+        elif values is not None and not any(f".{head}." in f".{name}" for head in heads):
+            first = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16)
+            values.update(first.contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "name_or_path": public_name(getattr(config, "_name_or_path", "")),
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(model).__name__,
-        "fingerprint": hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest(),
+        "heads": sorted(heads),
+        "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "weights": None if values is None else values.hexdigest(),
     }
 
 

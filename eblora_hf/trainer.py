@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .arguments import check_layers, check_set_up, read_tasks, with_adapter
+from .arguments import check_layers, check_set_up, read_tasks, unsupported_launcher, with_adapter
 from .callback import TaskSequenceCallback, training_record
 from .composition import (
     concatenate,
@@ -76,24 +77,35 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         push_bases: bool | str = True,
         **kwargs,
     ):
-        arguments = dict(inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments)
-        arguments |= arguments.pop("kwargs", {})
+        arguments = self._by_name(args, kwargs)
+        if eblora_config is not None and not isinstance(eblora_config, EBLoRAConfig):
+            raise ValueError(f"`eblora_config` must be an EBLoRAConfig, got {eblora_config!r}.")
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
         check_set_up(arguments, self.method.constrained)
-        model = arguments["model"] = with_adapter(arguments.get("model"), peft_config)
-        self.adapter = model.active_adapters[0]
-        self.layers = find_layers(model, self.adapter)
-        check_layers(self.layers, self.adapter, self.method.constrained)
-        self.tasks = read_tasks(arguments, task_name)
-        if arguments.get("args") is None:
-            arguments["args"] = TrainingArguments()
-        self.publisher = Publisher(arguments["args"], push_bases)
-        # the parent would push checkpoints, optimizers and `training_args.bin`; we push the sequence
-        arguments["args"] = copy.copy(arguments["args"])
-        arguments["args"].push_to_hub = False
-        super().__init__(**arguments)
+        given = arguments.get("model")
+        model = arguments["model"] = with_adapter(given, peft_config)
+        try:
+            self.adapter = model.active_adapters[0]
+            self.layers = find_layers(model, self.adapter)
+            check_layers(self.layers, self.adapter, self.method.constrained)
+            self.tasks = read_tasks(arguments, task_name)
+            if arguments.get("args") is None:
+                arguments["args"] = TrainingArguments()
+            self.publisher = Publisher(arguments["args"], push_bases)
+            # the parent would push checkpoints, optimizers and `training_args.bin`; we push the sequence
+            arguments["args"] = copy.copy(arguments["args"])
+            arguments["args"].push_to_hub = False
+            super().__init__(**arguments)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by `accelerate launch`
+                raise ValueError(unsupported_launcher("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
+        except Exception:
+            if model is not given:
+                model.unload()  # the user's model as it was, for the next try
+                vars(given).pop("peft_config", None)
+            raise
         self._source = sequence
+        self._given_optimizer = self.optimizer
         self.start_from({})
         head = getattr(model.peft_config[self.adapter], "modules_to_save", None)
         if head and self.method.keeps_bases:
@@ -101,6 +113,19 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
                 f"The modules {', '.join(head)} are trained without the subspace constraint (LoRA alone is "
                 "protected): later tasks may change them at the expense of earlier ones."
             )
+
+    def _by_name(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by the names of the next constructor that spells them out."""
+        following = type(self).__mro__[type(self).__mro__.index(ContinualMixin) + 1 :]
+        for cls in following:
+            names = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else {}
+            if names and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in names.values()):
+                named = dict(zip(list(names)[1:], args, strict=False))
+                twice = named.keys() & kwargs.keys()
+                if len(args) >= len(names) or twice:
+                    raise TypeError(f"{type(self).__name__} got too many arguments, or twice: {', '.join(twice)}.")
+                return named | kwargs
+        raise TypeError(f"{type(self).__name__} has no trainer class after ContinualMixin.")
 
     # ---- the sequence ----
 
@@ -128,10 +153,11 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         """
         if self.tasks is None:
             raise ValueError("Training needs a train_dataset, got none.")
-        if self.args.device.type == "cpu":
-            # moments of directions that are projected out decay into denormal numbers, which slow a CPU several times
-            torch.set_flush_denormal(True)
-        published = self._open_sequence(resuming=bool(resume_from_checkpoint))
+        with _flushed_denormals(self.args.device):
+            return self._learn_all(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        published = self._open_sequence(resuming=bool(resume))
         self.remove_callback(TaskSequenceCallback)
         self.task_callback = TaskSequenceCallback(published)
         self.add_callback(self.task_callback)
@@ -140,8 +166,8 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         pending = [task for task in self.tasks if task.name not in published.names]
         outputs, history = [], []
         for task in pending:
-            checkpoint = self._checkpoint_of(task, resume_from_checkpoint) if task is pending[0] else None
-            outputs.append(self._learn(task, checkpoint, trial, ignore_keys_for_eval))
+            checkpoint = self._checkpoint_of(task, resume if task is pending[0] else None)
+            outputs.append(self._learn(task, checkpoint, trial, ignore_keys))
             history += self.state.log_history
         self.state.log_history = history
         self._become_sum_of_tasks()
@@ -156,7 +182,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
     @property
     def bases(self) -> dict[str, torch.Tensor]:
         """Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far."""
-        return self.task_callback.bases
+        return {} if self.task_callback is None else self.task_callback.bases
 
     @property
     def accuracy_matrix(self) -> np.ndarray:
@@ -171,21 +197,27 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
     def _open_sequence(self, resuming: bool) -> PublishedSequence:
         folder = Path(self.args.output_dir)
         base = self.model.get_base_model()
-        if PublishedSequence.exists(folder):
+        heads = getattr(self.model.peft_config[self.adapter], "modules_to_save", None) or []
+        exists = PublishedSequence.exists(folder)
+        self.accelerator.wait_for_everyone()  # all have looked before one of them writes
+        if exists:
             if not resuming and (self._source is None or Path(self._source).resolve() != folder.resolve()):
                 raise ValueError(
                     f"{folder} already holds a sequence of tasks. Pass `train(resume_from_checkpoint=True)` to "
                     f"continue an interrupted run, `sequence={str(folder)!r}` to append new tasks, or another "
                     "`output_dir`."
                 )
-            published = PublishedSequence.open(folder, repair=self.is_world_process_zero())
+            if self.is_world_process_zero():
+                PublishedSequence.open(folder, repair=True)
         elif self._source is not None:
             if self.is_world_process_zero():
                 fetch_sequence(self._source, token=self.args.hub_token, revision=self.args.hub_revision, folder=folder)
-            self.accelerator.wait_for_everyone()
-            published = PublishedSequence.open(folder)
         else:
-            return PublishedSequence(folder, describe_base_model(base))
+            published = PublishedSequence(folder, describe_base_model(base, heads))
+            published.check_strays(self.tasks.names[0])
+            return published
+        self.accelerator.wait_for_everyone()
+        published = PublishedSequence.open(folder)
         published.check_base_model(base)
         taken = set(self.tasks.names) & set(published.names)
         if taken and not resuming:
@@ -193,17 +225,34 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
                 f"The sequence in {folder} already has the task(s) {', '.join(sorted(taken))}: give new tasks new "
                 "names (`task_name=…` or the keys of `train_dataset`)."
             )
+        without = published.names_without_basis()
+        if self.method.keeps_bases and without:
+            raise ValueError(
+                f"The task(s) {', '.join(without)} in {folder} were learnt by a method that keeps no basis, so that "
+                f"{self.eblora_config.method!r} cannot protect them. Continue with that method, or start a new "
+                "sequence."
+            )
         return published
 
     def _checkpoint_of(self, task: Task, resume: str | bool | None) -> str | None:
-        if not isinstance(resume, bool):
-            return resume
         folder = self._checkpoint_folder(task)
-        checkpoint = last_complete_checkpoint(folder) if resume else None
+        if isinstance(resume, (str, Path)):
+            if Path(resume).resolve().parent != folder.resolve():
+                raise ValueError(
+                    f"{resume} is not a checkpoint of the task {task.name!r}, which comes next: expected one in "
+                    f"{folder}. Pass `resume_from_checkpoint=True` for its newest."
+                )
+            return str(resume)
+        checkpoint = last_complete_checkpoint(folder)
         if resume and checkpoint is None and not self.task_callback.sequence.tasks and not folder.is_dir():
             raise ValueError(
                 f"Nothing to resume: no finished task in {self.args.output_dir} and no checkpoint in {folder}. Call "
                 "train() without `resume_from_checkpoint`."
+            )
+        if checkpoint is not None and not resume:
+            raise ValueError(
+                f"{folder} holds checkpoints of an earlier run. Pass `train(resume_from_checkpoint=True)` to "
+                "continue it, or delete the folder to start the task again."
             )
         return checkpoint
 
@@ -228,22 +277,24 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         set_seed(seed)
         with self._arguments_of(task):
             output = super().train(checkpoint, trial, ignore_keys)
-        if self.constraint is not None:
-            self.constraint.detach()
-        accuracies = self._accuracies()
+        learning_record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
+        factors = self.constraint.factors() if self.constraint is not None else None
+        accuracies = self._accuracies(task)
         self._unwrap()
-        gradients = self.snapshot(task.train_dataset, seed) if self.method.keeps_bases else {}
-        extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
-        del gradients
+        with self._kept_if_it_fails(task):
+            gradients = self.snapshot(task.train_dataset, seed) if self.method.keeps_bases else {}
+            extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
+            del gradients
         self.task_callback.end_task(
-            folded_adapter(self.model, self.layers),
+            folded_adapter(self.model, self.layers, factors),
             self.model.peft_config[self.adapter],
             extensions,
             steps=self.state.global_step,
             metrics=accuracies,
-            training=training_record(task, self.eblora_config, self.args, self.constraint),
+            training=learning_record,
             write=self.args.should_save,
         )
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.publisher.publish(self.task_callback.sequence)
         self.accelerator.wait_for_everyone()
@@ -260,8 +311,13 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         for layer in self.layers:
             torch.nn.init.zeros_(layer.lora_B)
         self.start_from({})
-        if published.tasks:
+        if self._given_optimizer is None:
             self.optimizer, self.lr_scheduler = None, None
+        elif self.optimizer is not self._given_optimizer:
+            raise ValueError(
+                "The optimizer passed in `optimizers` has been used by an earlier `train()`, and its moments with "
+                "it. Make a new trainer, or pass `optimizer_cls_and_kwargs`."
+            )
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = 0
@@ -279,40 +335,77 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
     @contextlib.contextmanager
     def _arguments_of(self, task: Task) -> Iterator[None]:
         """Within the context the trainer has the task's data, folder, length and rates."""
-        before = self.args, self.train_dataset, self.eval_dataset, self.method
+        before = self.args, self.train_dataset, self.eval_dataset, self.method, self.optimizer_cls_and_kwargs
         args = copy.copy(self.args)
         args.output_dir = str(self._checkpoint_folder(task))
         if task.num_train_epochs is not None:
             args.num_train_epochs, args.max_steps = task.num_train_epochs, -1
         if task.max_steps is not None:
             args.max_steps = task.max_steps
+        optimizer = self.optimizer_cls_and_kwargs
         if task.learning_rate is not None:
             args.learning_rate = task.learning_rate
+            if optimizer is not None:
+                optimizer = (optimizer[0], optimizer[1] | {"lr": task.learning_rate})
         rates = {name: getattr(task, name) for name in ("direction_lr", "scale_lr") if getattr(task, name) is not None}
         try:
-            self.args, self.train_dataset = args, task.train_dataset
+            self._forget_loaders()
+            self.args, self.train_dataset, self.optimizer_cls_and_kwargs = args, task.train_dataset, optimizer
             if task.eval_dataset is not None:
                 self.eval_dataset = task.eval_dataset
             self.method = build_method(dataclasses.replace(self.eblora_config, **rates))
             yield
         finally:
-            self.args, self.train_dataset, self.eval_dataset, self.method = before
+            self.args, self.train_dataset, self.eval_dataset, self.method, self.optimizer_cls_and_kwargs = before
+            self._forget_loaders()
 
-    def _accuracies(self) -> dict[str, float]:
+    def _forget_loaders(self) -> None:
+        """Drops the evaluation loaders that persistent workers keep: they are of another task's set."""
+        self.__dict__.pop("_eval_dataloaders", None)
+
+    @contextlib.contextmanager
+    def _kept_if_it_fails(self, task: Task) -> Iterator[None]:
+        """
+        Within the context an error leaves a checkpoint of the trained task, from which resuming redoes only the end.
+        """
+        try:
+            yield
+        except Exception:
+            with self._arguments_of(task):
+                self.is_in_train = True
+                self._save_checkpoint(self.model, trial=None)
+                self.is_in_train = False
+            logger.error(f"The task {task.name!r} is trained and kept in {self._checkpoint_folder(task)}.")
+            raise
+
+    def _accuracies(self, task: Task) -> dict[str, float]:
         """Evaluates all sets and returns the row of the accuracy matrix: accuracy by task name, where there is one."""
-        if not isinstance(self.eval_dataset, dict):
-            return {}
+        sets = self.eval_dataset
+        if not isinstance(sets, dict):  # one plain set says something of one task, and only with metrics
+            sets = {task.name: sets} if len(self.tasks) == 1 and sets is not None and self.compute_metrics else {}
         wanted = [name.removeprefix("eval_") for name in (self.args.metric_for_best_model, "accuracy") if name]
-        published, row = self.task_callback.sequence, {}
-        for name, dataset in self.eval_dataset.items():
-            # an earlier task is measured with the head it was learnt with
-            head = heads_of(published.adapters([name])[0]) if name in published.names else {}
-            with with_heads(self.model, self.adapter, head):
-                measured = self.evaluate({name: dataset})
-            keys = [f"eval_{name}_{metric}" for metric in wanted if metric != "loss"]
-            found = [key for key in keys if key in measured]
-            if found:
-                row[name] = float(measured[found[0]])
+        published, row, seen = self.task_callback.sequence, {}, set()
+        stopping = [cb for cb in self.callback_handler.callbacks if isinstance(cb, EarlyStoppingCallback)]
+        for callback in stopping:  # it would look for its metric in every set
+            self.callback_handler.callbacks.remove(callback)
+        try:
+            for name, dataset in sets.items():
+                # an earlier task is measured with the head it was learnt with
+                head = heads_of(published.adapters([name])[0]) if name in published.names else {}
+                with with_heads(self.model, self.adapter, head):
+                    measured = self.evaluate({name: dataset})
+                seen |= {key.removeprefix(f"eval_{name}_") for key in measured}
+                keys = [f"eval_{name}_{metric}" for metric in wanted if metric != "loss"]
+                values = [float(measured[key]) for key in keys if key in measured]
+                if values and math.isfinite(values[0]):
+                    row[name] = values[0]
+        finally:
+            self.callback_handler.callbacks.extend(stopping)
+        if sets and not row and self.compute_metrics is not None:
+            logger.warning(
+                f"The accuracy matrix stays empty: `compute_metrics` returns {', '.join(sorted(seen))}, and none of "
+                "them is called 'accuracy'. Name the one to use with `metric_for_best_model`."
+            )
         return row
 
     def _become_sum_of_tasks(self) -> None:
@@ -333,6 +426,21 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         values = [value]
         torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+
+@contextlib.contextmanager
+def _flushed_denormals(device: torch.device) -> Iterator[None]:
+    """
+    On a CPU, rounds denormal numbers to zero: moments of directions that are projected out decay into them, and they
+    slow it several times.
+    """
+    already = (torch.tensor(1e-38) * 0.1).item() == 0.0
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(already)
 
 
 class ContinualEBLoRATrainer(ContinualMixin, Trainer):

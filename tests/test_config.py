@@ -9,9 +9,10 @@ def test_command_line_and_yaml(tmp_path):
     _, config = parser.parse_args_into_dataclasses(["--output_dir", "o", "--direction_lr", "0.3", "--method", "ebo"])
     assert (config.direction_lr, config.scale_lr, config.method) == (0.3, "auto", "ebo")
     path = tmp_path / "config.yaml"
-    path.write_text("output_dir: o\nscale_lr: 0.02\nnum_layers: 12\n")
+    path.write_text("output_dir: o\nscale_lr: 0.02\nnum_layers: 12\nscale_weight_decay: 1e-3\n")
     _, config = parser.parse_yaml_file(str(path))
     assert (config.direction_lr, config.scale_lr, config.num_layers) == ("auto", 0.02, 12)
+    assert config.scale_weight_decay == 1e-3  # which YAML reads as text
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", "o", "--method", "magic"])
 
@@ -33,6 +34,7 @@ def test_every_option_is_described():
         ({"snapshot_fraction": 0.0}, "snapshot_fraction=0.0"),
         ({"init_scale_alpha": -0.1}, "init_scale_alpha=-0.1.*at least 0"),
         ({"num_layers": 0}, "num_layers=0"),
+        ({"step_constant": "big"}, "step_constant='big'.*expected a number"),
     ],
 )
 def test_bad_options_are_repeated_in_the_error(options, words):

@@ -277,6 +277,11 @@ def test_optimizers_that_no_constraint_can_follow_are_refused_by_name():
         setting(torch.optim.LBFGS)
     with pytest.raises(ValueError, match="learning rate for the LoRA factors is None"):
         setting(lambda p: Adafactor(p, scale_parameter=False, relative_step=True))
+    for scaled in (torch.optim.Adafactor, lambda p: Adafactor(p, lr=1e-3, scale_parameter=True, relative_step=False)):
+        with pytest.raises(
+            ValueError, match=r"Adafactor cannot be kept.*size of the parameters.*scale_parameter=False"
+        ):
+            setting(scaled)
     with pytest.raises(ValueError, match=r"does not hold lora_A of bert\.encoder"):
         setting(lambda p: torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(TypeError, match="got dict"):

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from eblora_hf import PublishedSequence
@@ -134,15 +135,29 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def test_fingerprint_ignores_adapters_and_sees_other_shapes():
-    from peft import get_peft_model
-
+def test_identity_of_a_base_model():
     bare = make_model("bert")
     described = describe_base_model(bare)
     model = get_peft_model(bare, lora(task_type="SEQ_CLS"))
-    assert describe_base_model(model.get_base_model()) == described
-    assert describe_base_model(make_model("bert", seed=5)) == described  # weights are not part of it
+    assert describe_base_model(model.get_base_model()) == described  # adapters are not part of it
+    assert describe_base_model(make_model("bert", dtype=torch.bfloat16)) == described  # nor is the precision
+    assert describe_base_model(make_model("bert", dtype=torch.float16))["weights"] is None
+    other = describe_base_model(make_model("bert", seed=5))
+    assert other["fingerprint"] == described["fingerprint"]
+    assert other["weights"] != described["weights"]
+    new_head = make_model("bert")
+    torch.nn.init.normal_(new_head.classifier.weight)
+    assert describe_base_model(new_head)["weights"] != described["weights"]
+    assert describe_base_model(new_head, ["classifier"]) == describe_base_model(make_model("bert"), ["classifier"])
     assert describe_base_model(make_model("llama"))["fingerprint"] != described["fingerprint"]
+
+
+def test_a_lost_index_costs_no_task(tmp_path):
+    append(new_sequence(tmp_path), "one", 0)
+    (tmp_path / "eblora_sequence.json").unlink()
+    with pytest.raises(ValueError, match=r"holds 00-one, which the index .* does not list"):
+        append(new_sequence(tmp_path), "two", 1)
+    assert (tmp_path / "tasks/00-one/adapter_model.safetensors").is_file()
 
 
 def test_a_full_disk_leaves_the_old_sequence(tmp_path, monkeypatch):

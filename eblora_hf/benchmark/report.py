@@ -11,6 +11,7 @@ import matplotlib.figure
 from rich.console import Console
 from rich.table import Table
 
+from ..version import __version__
 from .digits import TASKS
 from .protocol import MethodResult
 
@@ -19,8 +20,8 @@ _METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base")
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
-    names = ("eblora-hf", "torch", "transformers", "peft", "accelerate", "scikit-learn")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
+    return {"python": platform.python_version(), "eblora-hf": __version__, **{name: version(name) for name in names}}
 
 
 def print_tables(console: Console, results: dict[str, MethodResult]) -> None:
