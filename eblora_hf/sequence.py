@@ -257,9 +257,8 @@ class PublishedSequence:
             training (`dict`): How it was trained, for `training.json`.
 
         Raises:
-            ValueError: if the sequence has a task of that name, or other layers, or there are tasks in its folder that
-            it
-                does not know; nothing is written then.
+            ValueError: if the sequence has a task of that name, or other layers, or its folder holds tasks that it
+            does not know; nothing is written then.
         """
         if name in self.names:
             raise ValueError(f"The sequence in {self.folder} already has a task {name!r}; choose another name.")
@@ -344,9 +343,8 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[s
 
     Returns:
         `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
-            one of
-        the first values of each, rounded to bf16 so that the precision it is loaded in does not matter (`None` for
-        fp16 and integer weights, which round differently).
+        one of the first values of each, rounded to bf16 so that the precision it is loaded in does not matter (`None`
+        for fp16 and integer weights, which round differently).
     """
     config = getattr(model, "config", None)
     shapes, values = [], hashlib.sha256()

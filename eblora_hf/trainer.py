@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import dataclasses
 import inspect
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,48 +10,39 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .arguments import check_layers, check_set_up, read_tasks, unsupported_launcher, with_adapter
-from .callback import TaskSequenceCallback, training_record
-from .composition import (
-    concatenate,
-    folded_adapter,
-    heads_of,
-    put_earlier_tasks,
-    replace_adapter,
-    with_heads,
-)
+from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
-from .constrained import ConstrainedMixin, last_complete_checkpoint
+from .constrained import last_complete_checkpoint
 from .hub import fetch_sequence
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
-from .publisher import Publisher, PublishingMixin
+from .one_task import OneTaskMixin
+from .publisher import Publisher
 from .sequence import PublishedSequence, describe_base_model
 
 logger = logging.get_logger(__name__)
 
 
-class ContinualMixin(PublishingMixin, ConstrainedMixin):
+class ContinualMixin(OneTaskMixin):
     """
-    Drives a sequence of tasks through a `Trainer`. Put it before the trainer class: `class T(ContinualMixin,
-    Trainer)`.
+    Drives a sequence of tasks through a `Trainer`; it goes first: `class MyTrainer(ContinualMixin, Trainer)`.
 
     All arguments of the trainer keep their names, order and meaning, but for:
 
     Args:
         train_dataset (dataset, `dict[str, dataset]` or [`TaskSequence`]): One task, or several to learn in order.
         eval_dataset (dataset or `dict[str, dataset]`, *optional*): In a dict, the set under a task's name is used
-        while
-            that task trains. After each task all are evaluated; those under task names fill the accuracy matrix.
+            while that task trains. After each task all are evaluated; those under task names fill the accuracy matrix.
         peft_config (`peft.LoraConfig`, *optional*): The adapter to add to a model that has none.
         eblora_config ([`EBLoRAConfig`], *optional*): Options of the method.
-        sequence (`str` or `Path`, *optional*): Folder of a published sequence to continue. The new tasks are appended
-            in `args.output_dir`, which may be the same folder.
+        sequence (`str` or `Path`, *optional*): A published sequence to continue, in a folder or on the Hub. New tasks
+            are appended in `args.output_dir`, which may be the same folder.
         task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
         push_bases (`bool` or `str`, defaults to `True`): With `args.push_to_hub`, where the bases go: into the
             repository of the sequence, nowhere (`False`), or into another, private one. They can leak training data.
@@ -145,8 +134,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
 
         Returns:
             `TrainOutput`: Steps and mean loss over the tasks of this call; the metrics of the last task, and those of
-                the
-            accuracy matrix if there is one.
+            the accuracy matrix if there is one.
 
         Raises:
             ValueError: if `args.output_dir` already holds a sequence and this call is not meant to continue it.
@@ -255,177 +243,6 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
                 "continue it, or delete the folder to start the task again."
             )
         return checkpoint
-
-    def _checkpoint_folder(self, task: Task) -> Path:
-        return Path(self.args.output_dir) / "checkpoints" / task.name
-
-    # ---- one task ----
-
-    def _learn(self, task: Task, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
-        published, index = self.task_callback.sequence, len(self.task_callback.sequence.tasks)
-        logger.info(f"***** Task {index}: {task.name} *****")
-        if self.args.should_save:
-            self._checkpoint_folder(task).mkdir(parents=True, exist_ok=True)  # from here on there is a run to resume
-        self._reset(published)
-        seed = self.args.seed + index
-        set_seed(seed)
-        if checkpoint is None:
-            gradients = self.snapshot(task.train_dataset, seed) if self.method.uses_gradients else {}
-            self.start_from(self._from_main_process(self.method.begin_task(self.layers, gradients, self.bases)))
-            del gradients
-        self.task_callback.begin_task(task.name)
-        set_seed(seed)
-        with self._arguments_of(task):
-            output = super().train(checkpoint, trial, ignore_keys)
-        learning_record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
-        factors = self.constraint.factors() if self.constraint is not None else None
-        accuracies = self._accuracies(task)
-        self._unwrap()
-        with self._kept_if_it_fails(task):
-            gradients = self.snapshot(task.train_dataset, seed) if self.method.keeps_bases else {}
-            extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
-            del gradients
-        self.task_callback.end_task(
-            folded_adapter(self.model, self.layers, factors),
-            self.model.peft_config[self.adapter],
-            extensions,
-            steps=self.state.global_step,
-            metrics=accuracies,
-            training=learning_record,
-            write=self.args.should_save,
-        )
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.publisher.publish(self.task_callback.sequence)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            self.task_callback.sequence = PublishedSequence.open(self.args.output_dir)
-        return output
-
-    def _reset(self, published: PublishedSequence) -> None:
-        """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
-        self._unwrap()
-        if published.tasks:
-            put_earlier_tasks(self.model, self.adapter, concatenate(published.adapters()))
-        self.layers = find_layers(self.model, self.adapter)
-        for layer in self.layers:
-            torch.nn.init.zeros_(layer.lora_B)
-        self.start_from({})
-        if self._given_optimizer is None:
-            self.optimizer, self.lr_scheduler = None, None
-        elif self.optimizer is not self._given_optimizer:
-            raise ValueError(
-                "The optimizer passed in `optimizers` has been used by an earlier `train()`, and its moments with "
-                "it. Make a new trainer, or pass `optimizer_cls_and_kwargs`."
-            )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience_counter = 0
-
-    def _unwrap(self) -> None:
-        """
-        Takes off what accelerate put around the model. Left on, wrappers nest with every task, and a distributed one
-        would go on reducing the gradients of the adapter before.
-        """
-        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
-        self.model_wrapped = self.model
-        self.model.__dict__.pop("_is_accelerate_prepared", None)  # or accelerate would not wrap it again
-
-    @contextlib.contextmanager
-    def _arguments_of(self, task: Task) -> Iterator[None]:
-        """Within the context the trainer has the task's data, folder, length and rates."""
-        before = self.args, self.train_dataset, self.eval_dataset, self.method, self.optimizer_cls_and_kwargs
-        args = copy.copy(self.args)
-        args.output_dir = str(self._checkpoint_folder(task))
-        if task.num_train_epochs is not None:
-            args.num_train_epochs, args.max_steps = task.num_train_epochs, -1
-        if task.max_steps is not None:
-            args.max_steps = task.max_steps
-        optimizer = self.optimizer_cls_and_kwargs
-        if task.learning_rate is not None:
-            args.learning_rate = task.learning_rate
-            if optimizer is not None:
-                optimizer = (optimizer[0], optimizer[1] | {"lr": task.learning_rate})
-        rates = {name: getattr(task, name) for name in ("direction_lr", "scale_lr") if getattr(task, name) is not None}
-        try:
-            self._forget_loaders()
-            self.args, self.train_dataset, self.optimizer_cls_and_kwargs = args, task.train_dataset, optimizer
-            if task.eval_dataset is not None:
-                self.eval_dataset = task.eval_dataset
-            self.method = build_method(dataclasses.replace(self.eblora_config, **rates))
-            yield
-        finally:
-            self.args, self.train_dataset, self.eval_dataset, self.method, self.optimizer_cls_and_kwargs = before
-            self._forget_loaders()
-
-    def _forget_loaders(self) -> None:
-        """Drops the evaluation loaders that persistent workers keep: they are of another task's set."""
-        self.__dict__.pop("_eval_dataloaders", None)
-
-    @contextlib.contextmanager
-    def _kept_if_it_fails(self, task: Task) -> Iterator[None]:
-        """
-        Within the context an error leaves a checkpoint of the trained task, from which resuming redoes only the end.
-        """
-        try:
-            yield
-        except Exception:
-            with self._arguments_of(task):
-                self.is_in_train = True
-                self._save_checkpoint(self.model, trial=None)
-                self.is_in_train = False
-            logger.error(f"The task {task.name!r} is trained and kept in {self._checkpoint_folder(task)}.")
-            raise
-
-    def _accuracies(self, task: Task) -> dict[str, float]:
-        """Evaluates all sets and returns the row of the accuracy matrix: accuracy by task name, where there is one."""
-        sets = self.eval_dataset
-        if not isinstance(sets, dict):  # one plain set says something of one task, and only with metrics
-            sets = {task.name: sets} if len(self.tasks) == 1 and sets is not None and self.compute_metrics else {}
-        wanted = [name.removeprefix("eval_") for name in (self.args.metric_for_best_model, "accuracy") if name]
-        published, row, seen = self.task_callback.sequence, {}, set()
-        stopping = [cb for cb in self.callback_handler.callbacks if isinstance(cb, EarlyStoppingCallback)]
-        for callback in stopping:  # it would look for its metric in every set
-            self.callback_handler.callbacks.remove(callback)
-        try:
-            for name, dataset in sets.items():
-                # an earlier task is measured with the head it was learnt with
-                head = heads_of(published.adapters([name])[0]) if name in published.names else {}
-                with with_heads(self.model, self.adapter, head):
-                    measured = self.evaluate({name: dataset})
-                seen |= {key.removeprefix(f"eval_{name}_") for key in measured}
-                keys = [f"eval_{name}_{metric}" for metric in wanted if metric != "loss"]
-                values = [float(measured[key]) for key in keys if key in measured]
-                if values and math.isfinite(values[0]):
-                    row[name] = values[0]
-        finally:
-            self.callback_handler.callbacks.extend(stopping)
-        if sets and not row and self.compute_metrics is not None:
-            logger.warning(
-                f"The accuracy matrix stays empty: `compute_metrics` returns {', '.join(sorted(seen))}, and none of "
-                "them is called 'accuracy'. Name the one to use with `metric_for_best_model`."
-            )
-        return row
-
-    def _become_sum_of_tasks(self) -> None:
-        """
-        Leaves one adapter on the model, the sum of all tasks, so that whatever is saved next is all that was learnt.
-        """
-        published = self.task_callback.sequence
-        self._unwrap()
-        if len(published.tasks) > 1:
-            replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
-            self.layers = find_layers(self.model, self.adapter)
-        self.optimizer, self.lr_scheduler = None, None
-
-    def _from_main_process(self, value: Any) -> Any:
-        """What the main process computed: decompositions may differ in the last bit between processes."""
-        if self.args.world_size == 1:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
 
 
 @contextlib.contextmanager

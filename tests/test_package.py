@@ -15,7 +15,7 @@ FLOORS = [
     {"stiefel", "subspace", "metrics", "files", "version"},
     {"layers", "gradients", "factors", "optimizers", "constraint", "composition"},
     {"config", "methods", "sequence", "hub", "card"},
-    {"callback", "publisher", "arguments", "constrained", "trainer", "analysis", "benchmark", "cli"},
+    {"callback", "publisher", "arguments", "constrained", "one_task", "trainer", "analysis", "benchmark", "cli"},
 ]
 MODULES = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in ROOT.rglob("*.py"))
 
