@@ -1,8 +1,11 @@
 """Tiny models from config and tiny data: nothing is downloaded."""
 
 import os
+import signal
 import socket
 import tempfile
+import threading
+import traceback
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -119,3 +122,18 @@ def silent(capfd):
     """For tests whose output is of no interest."""
     yield
     capfd.readouterr()
+
+
+def run_in_child(function, kill_after: float | None = None) -> int:
+    """Runs a function in a child process, killed by SIGKILL after so many seconds; returns the exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if kill_after is not None:
+                threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitpid(child, 0)[1]

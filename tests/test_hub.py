@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tenacity
 import torch
+import transformers
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -17,8 +18,9 @@ from peft import PeftModel
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, hub, load_sequence
 from eblora_hf.card import loading_code, render_card
+from eblora_hf.composition import concatenate
 
-from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data
+from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
 from .hub_server import TOKEN, HubServer
 
 TASKS = ("one", "two", "three")
@@ -96,6 +98,11 @@ def test_parts_of_a_sequence_and_other_heads(learnt):
         load_sequence(make_model("bert"), learnt.folder, head="four")
     with pytest.raises(ValueError, match="other names or shapes"):
         load_sequence(make_model("llama"), learnt.folder)
+    # the order of a sum does not matter
+    forward, backward = (concatenate(learnt.adapters(names)) for names in (["one", "two"], ["two", "one"]))
+    for key in [key for key in forward if key.endswith("lora_B.weight")]:
+        a = key.replace("lora_B", "lora_A")
+        torch.testing.assert_close(forward[key] @ forward[a], backward[key] @ backward[a], atol=1e-6, rtol=1e-5)
 
 
 def test_server_errors_are_retried(server, learnt):
@@ -289,19 +296,49 @@ def test_training_pushes_after_each_task(server, tmp_path):
     assert not [path for path in repo.resolve("main").files if path.endswith(".bin")]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_learning_goes_on_from_the_hub_on_another_machine(server, tmp_path):
-    """Task one, push; another process and folder pull and learn task two: equal to one run, bit for bit."""
-    trainer_for(tmp_path / "a", tasks=("one",), **HUB).train()
-    trainer_for(tmp_path / "b", tasks=("two",), sequence="me/run", **HUB).train()
+    """
+    Task one in one process and folder, push; another process and folder pulls and learns task two: as in one run.
+    """
+    assert run_in_child(lambda: trainer_for(tmp_path / "a", tasks=("one",), **HUB).train()) == 0
+    assert run_in_child(lambda: trainer_for(tmp_path / "b", tasks=("two",), sequence="me/run", **HUB).train()) == 0
     trainer_for(tmp_path / "whole").train()
     split, whole = PublishedSequence.open(tmp_path / "b"), PublishedSequence.open(tmp_path / "whole")
-    for name in (
-        "adapter_model.safetensors",
-        "tasks/00-one/subspace.safetensors",
-        "tasks/01-two/subspace.safetensors",
-    ):
-        assert (split.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    names = ("adapter_model", "tasks/00-one/subspace", "tasks/01-two/subspace", "tasks/01-two/adapter_model")
+    for name in names:
+        file = f"{name}.safetensors"
+        assert (split.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
     assert set(server.repos["me/run"].tags) == {"task-00-one", "task-01-two"}
+
+
+def test_hub_revision_and_strategy(server, tmp_path):
+    trainer_for(tmp_path / "out", **HUB, hub_revision="draft", hub_strategy="end", hub_token=TOKEN).train()
+    repo = server.repos["me/run"]
+    assert [commit.title for commit in repo.history("draft")][:2] == ["Add task-01-two", "Add task-00-one"]
+    assert [commit.title for commit in repo.history("main")] == ["initial commit"]
+    commits = [path for method, path in server.requests if method == "POST" and "/commit/" in path]
+    assert len(commits) == 2
+    trained = [i for i, (_, path) in enumerate(server.requests) if "/commit/" in path]
+    assert trained[1] - trained[0] < 12  # both at the end, not one per task with training in between
+
+
+def test_an_unreachable_hub_is_tried_again_and_then_an_error(learnt, monkeypatch):
+    monkeypatch.setattr(hub._retry, "wait", tenacity.wait_none())
+    attempts = []
+    monkeypatch.setattr(hub._retry, "before_sleep", lambda state: attempts.append(state.attempt_number))
+    with pytest.raises(Exception, match=r"(?i)connect"):
+        hub.push_sequence(learnt, "me/seq", token=TOKEN)
+    assert attempts == [1, 2, 3, 4, 5]
+
+
+def test_no_local_path_is_published(server, tmp_path):
+    make_model("bert").save_pretrained(tmp_path / "secret" / "base")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "secret" / "base")
+    trainer_for(tmp_path / "out", tasks=("one",), model=model, **HUB).train()
+    for name, data in server.repos["me/run"].resolve("main").files.items():
+        assert str(tmp_path).encode() not in data, name
+        assert b"secret" not in data, name
 
 
 def test_a_failed_push_loses_nothing_and_is_made_up_for(server, tmp_path):

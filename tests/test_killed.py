@@ -1,11 +1,10 @@
 """SIGKILL at random moments of a three-task run with pushes, then the same again until it is done: nothing is lost."""
 
+import functools
 import os
 import random
 import signal
-import threading
 import time
-import traceback
 
 import pytest
 import tenacity
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, hub
 
-from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data
+from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
 from .hub_server import TOKEN, HubServer
 
 TASKS = ("one", "two", "three")
@@ -36,21 +35,6 @@ def train(folder, repo_id: str) -> None:
     trainer.train(resume_from_checkpoint=(folder / "checkpoints").exists())
 
 
-def run_in_child(folder, repo_id: str, kill_after: float | None) -> int:
-    """Runs the command in a child process, killed after so many seconds; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            if kill_after is not None:
-                threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            train(folder, repo_id)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_twenty_times_equals_undisturbed(tmp_path, monkeypatch):
@@ -59,11 +43,12 @@ def test_killed_twenty_times_equals_undisturbed(tmp_path, monkeypatch):
     moments, kills, completed = random.Random(0), 0, 0
     with HubServer(HUB_PORT) as server:
         start = time.monotonic()
-        assert run_in_child(tmp_path / "whole", "me/whole", None) == 0
+        assert run_in_child(lambda: train(tmp_path / "whole", "me/whole")) == 0
         duration = time.monotonic() - start
         while kills < 20:
             folder, repo_id = tmp_path / f"killed-{completed}", f"me/killed-{completed}"
-            while status := run_in_child(folder, repo_id, moments.uniform(0.02, 0.5) * duration):
+            command = functools.partial(train, folder, repo_id)
+            while status := run_in_child(command, kill_after=moments.uniform(0.02, 0.5) * duration):
                 assert os.WIFSIGNALED(status), "the command failed instead of being killed"
                 assert os.WTERMSIG(status) == signal.SIGKILL
                 kills += 1
