@@ -1,5 +1,6 @@
 """The Hub: the real client against a local server, over real HTTP."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -234,6 +235,11 @@ def test_card(learnt, server, tmp_path):
     assert "base_model" not in metadata  # made from config: there is nothing to name
     assert "Please fill in `base_model`" in text
     assert "Please fill in `license`" in render_card(learnt, "me/seq")
+    lines = text.split("---\n", 2)[2].splitlines()
+    for before, line in itertools.pairwise(lines):  # Markdown needs a blank line around tables and before headings
+        assert not (line.startswith("#") and before), line
+        assert line.startswith("|") == before.startswith("|") or not before or not line, (before, line)
+    assert "\n\n\n\n" not in text
 
 
 def test_the_cards_loading_code_runs(learnt, tmp_path, server):
