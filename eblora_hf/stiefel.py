@@ -60,8 +60,8 @@ def polar_factor(y: torch.Tensor) -> torch.Tensor:
     """
     The orthonormal matrix nearest to `y` (its polar factor), Y (YᵀY)^(-1/2), without a singular value decomposition.
 
-    After a tangent step YᵀY = I + δᵀδ, so the Gram matrix never comes near singular and its eigendecomposition is
-    safe. One Newton-Schulz step afterwards takes the result to the rounding floor of the dtype.
+    After a tangent step YᵀY = I + δᵀδ, so the Gram matrix never comes near singular. It is small, and decomposing it
+    in float64 leaves the result at the rounding floor of `y`'s own dtype.
 
     Args:
         y (`torch.Tensor` of shape `(..., d, r)`): Matrices of full column rank. A non-finite matrix gives NaN.
@@ -69,15 +69,13 @@ def polar_factor(y: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., d, r)` with orthonormal columns.
     """
-    identity = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-    gram = y.mT @ y  # (..., r, r)
+    gram = (y.mT @ y).double()  # (..., r, r)
     finite = torch.isfinite(gram).all(dim=(-2, -1), keepdim=True)
     # eigh refuses non-finite input, which a diverged model is entitled to: such a matrix goes around it and stays NaN
+    identity = torch.eye(y.shape[-1], dtype=gram.dtype, device=y.device)
     eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, gram, identity))
     inverse_root = (vectors * eigenvalues.rsqrt().unsqueeze(-2)) @ vectors.mT
-    x = y @ inverse_root
-    x = x @ (1.5 * identity - 0.5 * (x.mT @ x))
-    return torch.where(finite, x, torch.nan)
+    return y @ torch.where(finite, inverse_root, torch.nan).to(y.dtype)
 
 
 def polar_retraction(x: torch.Tensor, delta: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
