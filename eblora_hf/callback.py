@@ -29,15 +29,16 @@ class TaskSequenceCallback(TrainerCallback):
 
     Args:
         sequence ([`PublishedSequence`]): The sequence that tasks are appended to.
+        keeps_bases (`bool`, defaults to `True`): Whether the method needs the bases of earlier tasks.
 
     Attributes:
         bases (`dict[str, torch.Tensor]`): Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far.
         task_name (`str`, *optional*): The task being learnt.
     """
 
-    def __init__(self, sequence: PublishedSequence):
+    def __init__(self, sequence: PublishedSequence, keeps_bases: bool = True):
         self.sequence = sequence
-        self.bases = sequence.bases()
+        self.bases = sequence.bases() if keeps_bases else {}
         self.task_name: str | None = None
 
     def begin_task(self, name: str) -> None:

@@ -69,13 +69,14 @@ def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
     """The lines that load the sequence with plain PEFT."""
     base = sequence.base_model
     name = base["name_or_path"] or "the/base-model"
-    revision = f", revision={base['revision']!r}" if base["revision"] else ""
+    options = f", revision={base['revision']!r}" if base["revision"] else ""
+    options += f", num_labels={base['num_labels']}" if base["num_labels"] else ""
     return "\n".join(
         [
             "from peft import PeftModel",
             f"from transformers import {base['architecture']}",
             "",
-            f"base_model = {base['architecture']}.from_pretrained({name!r}{revision})",
+            f"base_model = {base['architecture']}.from_pretrained({name!r}{options})",
             f"model = PeftModel.from_pretrained(base_model, {repo_id!r})",
         ]
     )

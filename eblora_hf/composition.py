@@ -8,6 +8,7 @@ updates is then their concatenation, A stacked along its rows and B along its co
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 
 import torch
@@ -63,7 +64,8 @@ def folded_config(config: LoraConfig, adapter: AdapterState) -> LoraConfig:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     folded = copy.deepcopy(config)
     folded.r = folded.lora_alpha = common
-    folded.rank_pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    # anchored: PEFT would take a bare name for every layer that ends in it
+    folded.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     folded.alpha_pattern = dict(folded.rank_pattern)
     folded.use_rslora = False
     folded.lora_dropout = 0.0

@@ -67,15 +67,15 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
             gradients = self.snapshot(task.train_dataset, seed) if self.method.keeps_bases else {}
             extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
             del gradients
-        self.task_callback.end_task(
-            folded_adapter(self.model, self.layers, factors),
-            self.model.peft_config[self.adapter],
-            extensions,
-            steps=self.state.global_step,
-            metrics=accuracies,
-            training=learning_record,
-            write=self.args.should_save,
-        )
+            self.task_callback.end_task(
+                folded_adapter(self.model, self.layers, factors),
+                self.model.peft_config[self.adapter],
+                extensions,
+                steps=self.state.global_step,
+                metrics=accuracies,
+                training=learning_record,
+                write=self.args.should_save,
+            )
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.publisher.publish(self.task_callback.sequence)

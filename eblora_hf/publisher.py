@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .callback import TaskSequenceCallback
 from .card import render_card
 from .files import write
-from .hub import SequenceConflictError, check_remote, push_sequence
+from .hub import check_remote, push_sequence
 from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
@@ -22,16 +21,16 @@ class Publisher:
     Args:
         args (`TrainingArguments`): `push_to_hub` and the `hub_*` options. With `hub_strategy="end"` the sequence is
             pushed once at the end, else after every task.
-        push_bases (`bool` or `str`): As in [`push_sequence`].
+        push_bases (`bool` or `str`, *optional*): As in [`push_sequence`].
     """
 
-    def __init__(self, args: TrainingArguments, push_bases: bool | str):
+    def __init__(self, args: TrainingArguments, push_bases: bool | str | None):
         self.automatic = args.push_to_hub
         self.every_task = str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end"
         self.repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
         self.token, self.private, self.revision = args.hub_token, args.hub_private_repo, args.hub_revision
         self.push_bases = push_bases
-        self.failure: Exception | None = None
+        self.licence: str | None = None
 
     def prepare(self, sequence: PublishedSequence) -> None:
         """Creates the repository and raises if pushing is refused or would overwrite somebody else's tasks."""
@@ -41,14 +40,12 @@ class Publisher:
             )
 
     def publish(self, sequence: PublishedSequence) -> None:
-        """Pushes after a task. A failure is logged and kept for `finish`, so that learning goes on."""
+        """Pushes after a task. A failure is logged, so that learning goes on; `finish` makes up for it."""
         if not self.automatic or not self.every_task:
             return
         try:
             self.push(sequence)
-            self.failure = None
-        except (HfHubHTTPError, OSError, SequenceConflictError) as error:
-            self.failure = error
+        except Exception as error:  # whatever the network does, the training goes on
             logger.error(f"The push to {self.repo_id} failed; the task is safe in {sequence.folder}. {error}")
 
     def finish(self, sequence: PublishedSequence) -> None:
@@ -62,7 +59,7 @@ class Publisher:
             return
         try:
             self.push(sequence)
-        except (HfHubHTTPError, OSError, SequenceConflictError) as error:
+        except Exception as error:
             raise RuntimeError(
                 f"All tasks are learnt and saved in {sequence.folder}, but they could not be pushed to "
                 f"{self.repo_id}: {error} Once that is mended, call `trainer.push_to_hub()`."
@@ -78,6 +75,7 @@ class Publisher:
             revision=revision or self.revision,
             push_bases=self.push_bases,
             card=render_card,
+            licence=self.licence,
         )
 
 
@@ -93,12 +91,19 @@ class PublishingMixin:
     publisher: Publisher
     task_callback: TaskSequenceCallback | None = None
 
-    def push_to_hub(self, *args, token: str | None = None, revision: str | None = None, **kwargs) -> str | None:
+    def push_to_hub(
+        self,
+        *args,
+        token: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        **kwargs,
+    ) -> str | None:
         """
         Pushes the sequence: per task that the Hub does not have yet one commit and one tag, and the model card.
 
-        Takes the arguments of `Trainer.push_to_hub`, of which `token` and `revision` matter: commit messages and the
-        card describe the tasks.
+        Takes the arguments of `Trainer.push_to_hub`, of which `token`, `revision` and `license` matter: commit
+        messages and the card describe the tasks.
 
         Returns:
             `str`: The repository id; `None` on other processes than the main one.
@@ -110,6 +115,7 @@ class PublishingMixin:
             raise ValueError("There is nothing to push before `train()` has learnt a task.")
         if not self.is_world_process_zero():
             return None
+        self.publisher.licence = license or self.publisher.licence
         return self.publisher.push(self.task_callback.sequence, token, revision)
 
     def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
@@ -118,7 +124,8 @@ class PublishingMixin:
         """
         if self.task_callback is not None and self.task_callback.sequence.tasks and self.is_world_process_zero():
             sequence = self.task_callback.sequence
-            text = render_card(sequence, sequence.folder.resolve().name, license)
+            self.publisher.licence = license or self.publisher.licence
+            text = render_card(sequence, self.publisher.repo_id, license)
             write(sequence.folder / "README.md", text.encode())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

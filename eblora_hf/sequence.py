@@ -16,7 +16,6 @@ import datetime
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -27,11 +26,14 @@ import safetensors.torch
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers.utils import logging
 
-from .composition import AdapterState, concatenate, folded_config
+from .composition import AdapterState, concatenate, factors_of, folded_config
 from .config import Task
 from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
 from .subspace import BasisExtension
+
+logger = logging.get_logger(__name__)
 
 INDEX = "eblora_sequence.json"
 FORMAT_VERSION = 1
@@ -63,12 +65,49 @@ class TaskRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def check(self, position: int) -> None:
+        """Raises a `ValueError` if a name or path in it is not what `append` writes at that position."""
         Task(self.name, train_dataset=())  # the name is safe
-        if not self.folder.endswith(f"-{self.name}") or Path(self.folder).parts[:-1] != ("tasks",):
-            raise ValueError(f"task {self.name!r} lies in {self.folder!r}, outside of tasks/")
-        if any(not Path(file).match(f"{self.folder}/*") or ".." in Path(file).parts for file in self.files):
-            raise ValueError(f"task {self.name!r} has files outside of its folder: {sorted(self.files)}")
+        if self.folder != f"tasks/{position:02d}-{self.name}":
+            raise ValueError(
+                f"task {self.name!r} lies in {self.folder!r} instead of 'tasks/{position:02d}-{self.name}'"
+            )
+        needed = {f"{self.folder}/{file}" for file in (ADAPTER, ADAPTER_CONFIG, TRAINING)}
+        if not needed <= set(self.files) <= needed | {f"{self.folder}/{SUBSPACE}"}:
+            raise ValueError(f"task {self.name!r} lists the files {sorted(self.files)}, expected {sorted(needed)}")
+
+
+@dataclass
+class Index:
+    """The content of `eblora_sequence.json`."""
+
+    base_model: dict[str, Any]
+    bases: str
+    files: dict[str, str]
+    tasks: list[TaskRecord]
+
+    @classmethod
+    def read(cls, path: Path) -> "Index":
+        """
+        Reads an index and checks it; it may come from anywhere.
+
+        Raises:
+            ValueError: if it is not readable, of a newer format, or names files it should not.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["format_version"]
+            if version > FORMAT_VERSION:
+                raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
+            tasks = [TaskRecord(**task) for task in content["tasks"]]
+            for position, task in enumerate(tasks):
+                task.check(position)
+            if len({task.name.lower() for task in tasks}) < len(tasks):
+                raise ValueError("two tasks have one name")
+            files = {name: content["files"][name] for name in (ADAPTER, ADAPTER_CONFIG)}
+            return cls(content["base_model"], content["bases"], files, tasks)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable index: {error!s}.") from error
 
 
 class PublishedSequence:
@@ -116,23 +155,15 @@ class PublishedSequence:
         path = Path(folder) / INDEX
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no sequence: there is no {INDEX} in it.")
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            version = index["format_version"]
-            if version > FORMAT_VERSION:
-                raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
-            tasks = [TaskRecord(**task) for task in index["tasks"]]
-            sequence = cls(folder, index["base_model"], tasks, bases=index["bases"])
-            root = {name: index["files"][name] for name in (ADAPTER, ADAPTER_CONFIG)}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable index: {error!s}.") from error
-        for task in tasks:
+        index = Index.read(path)
+        sequence = cls(folder, index.base_model, index.tasks, bases=index.bases)
+        for task in index.tasks:
             for name, digest in task.files.items():
                 if not name.endswith(SUBSPACE) or sequence.bases_at == "included" or (sequence.folder / name).exists():
                     _verify(sequence.folder / name, digest, f"of the task {task.name!r}")
-        if repair and any(not _matches(sequence.folder / name, digest) for name, digest in root.items()):
+        if repair and any(not _matches(sequence.folder / name, digest) for name, digest in index.files.items()):
             sequence.write_root()
-        for name, digest in root.items():
+        for name, digest in index.files.items():
             _verify(sequence.folder / name, digest, "of all tasks")
         return sequence
 
@@ -151,6 +182,10 @@ class PublishedSequence:
                 f"{described['name_or_path']!r} ({described['architecture']}). Load the base model it was learnt on."
             )
         digests = described["weights"], self.base_model["weights"]
+        if None in digests:
+            logger.warning(
+                "The values of the base model's weights were not compared: fp16 and integers round differently."
+            )
         if None not in digests and digests[0] != digests[1]:
             raise ValueError(
                 f"The sequence in {self.folder} was learnt on {self.base_model['name_or_path']!r}, whose weights "
@@ -185,6 +220,21 @@ class PublishedSequence:
         """Tasks learnt by a method that keeps none."""
         return [task.name for task in self.tasks if f"{task.folder}/{SUBSPACE}" not in task.files]
 
+    def check_layers(self, names: list[str]) -> None:
+        """
+        Raises if a new task would adapt other layers than the tasks of the sequence.
+
+        Raises:
+            ValueError: naming the layers in which they differ.
+        """
+        if self.tasks:
+            different = set(names) ^ set(factors_of(self.adapters([self.tasks[0].name])[0], "lora_A"))
+            if different:
+                raise ValueError(
+                    f"The tasks of a sequence adapt the same layers, but the new one and those in {self.folder} "
+                    f"differ in {', '.join(sorted(different))}. Use the `target_modules` of the earlier tasks."
+                )
+
     def check_strays(self, name: str) -> None:
         """
         Raises if the folder holds tasks that the index does not know, other than what a killed `append` of `name`
@@ -194,7 +244,12 @@ class PublishedSequence:
             ValueError: naming them: the index was lost, and appending would destroy them.
         """
         known = {Path(task.folder).name for task in self.tasks} | {f"{len(self.tasks):02d}-{name}"}
-        strays = [path.name for path in self.folder.glob("tasks/[!.]*") if path.name not in known]
+        found = [path.name for path in self.folder.glob("tasks/[!.]*")]
+        if not self.tasks and not found and (self.folder / ADAPTER).exists():
+            raise ValueError(
+                f"{self.folder} holds an adapter that is not of a sequence and would be replaced. Use another folder."
+            )
+        strays = [name for name in found if name not in known]
         if strays:
             raise ValueError(
                 f"{self.folder / 'tasks'} holds {', '.join(sorted(strays))}, which the index ({INDEX}) does not "
@@ -267,7 +322,7 @@ class PublishedSequence:
         task_config = folded_config(config, adapter)
         files = {
             ADAPTER: tensor_bytes(adapter),
-            ADAPTER_CONFIG: json_bytes(_config_dict(task_config)),
+            ADAPTER_CONFIG: json_bytes(self._config_dict(task_config)),
             TRAINING: json_bytes(training),
         }
         if extensions:
@@ -307,7 +362,7 @@ class PublishedSequence:
         tasks = self.tasks[:count]
         adapter = concatenate(self.adapters([task.name for task in tasks]))
         config = folded_config(LoraConfig.from_pretrained(self.folder / tasks[-1].folder), adapter)
-        root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(_config_dict(config))}
+        root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(self._config_dict(config))}
         index = {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
@@ -317,18 +372,33 @@ class PublishedSequence:
         }
         return {**root, INDEX: json_bytes(index)}
 
+    def _config_dict(self, config: LoraConfig) -> dict[str, Any]:
+        """What stock PEFT reads; the base model is the sequence's, never a path of this machine."""
+        fields = config.to_dict() | {"base_model_name_or_path": self.base_model["name_or_path"] or None}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
     def write_root(self) -> None:
         """Writes the adapter of all tasks again, as the index describes it."""
         for file, data in self.state_after(len(self.tasks)).items():
             write(self.folder / file, data)
 
-    def copy_to(self, folder: str | Path) -> "PublishedSequence":
-        """Copies the sequence into a folder that holds none, index last, and opens the copy."""
-        folder = Path(folder)
+    def copy_to(self, folder: str | Path, bases: str | Path | None = None) -> "PublishedSequence":
+        """
+        Copies the sequence into a folder that holds none, index last, and opens the copy.
+
+        Args:
+            folder (`str` or `Path`): Where to.
+            bases (`str` or `Path`, *optional*): Folder with the bases, if they are not in the sequence's own.
+        """
+        copied = PublishedSequence(
+            folder, self.base_model, self.tasks, bases=self.bases_at if bases is None else "included"
+        )
         for task in self.tasks:
-            shutil.copytree(self.folder / task.folder, folder / task.folder, dirs_exist_ok=True)
-        for file in (ADAPTER, ADAPTER_CONFIG, INDEX):
-            write(folder / file, (self.folder / file).read_bytes())
+            for name in task.files:
+                source = Path(bases or self.folder) if name.endswith(SUBSPACE) else self.folder
+                if (source / name).is_file():
+                    write(copied.folder / name, (source / name).read_bytes())
+        copied.write_root()
         return PublishedSequence.open(folder)
 
 
@@ -343,10 +413,11 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[s
 
     Returns:
         `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
-        one of the first values of each, rounded to bf16 so that the precision it is loaded in does not matter (`None`
-        for fp16 and integer weights, which round differently).
+        one of up to 4,096 values of each, rounded to bf16 so that the precision it is loaded in does not matter
+        (`None` for fp16 and integer weights, which round differently).
     """
     config = getattr(model, "config", None)
+    revision = getattr(config, "_commit_hash", None)
     shapes, values = [], hashlib.sha256()
     own = {
         name.replace(".base_layer", "").replace(".original_module", ""): parameter
@@ -358,22 +429,19 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[s
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             values = None
         elif values is not None and not any(f".{head}." in f".{name}" for head in heads):
-            first = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16)
-            values.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+            every = max(parameter.numel() // 4096, 1)
+            sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
+            values.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return {
-        "name_or_path": public_name(getattr(config, "_name_or_path", "")),
-        "revision": getattr(config, "_commit_hash", None),
+        # only a model that came from the Hub has a commit; paths of one machine are nobody else's business
+        "name_or_path": (getattr(config, "_name_or_path", "") if revision else "") or "",
+        "revision": revision,
         "architecture": type(model).__name__,
+        "num_labels": config.num_labels if type(model).__name__.endswith("Classification") else None,
         "heads": sorted(heads),
         "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
         "weights": None if values is None else values.hexdigest(),
     }
-
-
-def public_name(name_or_path: str | None) -> str:
-    """A model's name on the Hub, or "" for a local folder: paths of one machine are nobody else's business."""
-    name = str(name_or_path or "")
-    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else ""
 
 
 def _verify(path: Path, digest: str, whose: str) -> None:
@@ -388,8 +456,3 @@ def _verify(path: Path, digest: str, whose: str) -> None:
 
 def _matches(path: Path, digest: str) -> bool:
     return path.is_file() and sha256(path) == digest
-
-
-def _config_dict(config: LoraConfig) -> dict[str, Any]:
-    fields = config.to_dict() | {"base_model_name_or_path": public_name(config.base_model_name_or_path) or None}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}

@@ -18,7 +18,7 @@ from .arguments import check_layers, check_set_up, read_tasks, unsupported_launc
 from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
-from .hub import fetch_sequence
+from .hub import check_beginning, fetch_sequence
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
@@ -41,11 +41,12 @@ class ContinualMixin(OneTaskMixin):
             while that task trains. After each task all are evaluated; those under task names fill the accuracy matrix.
         peft_config (`peft.LoraConfig`, *optional*): The adapter to add to a model that has none.
         eblora_config ([`EBLoRAConfig`], *optional*): Options of the method.
-        sequence (`str` or `Path`, *optional*): A published sequence to continue, in a folder or on the Hub. New tasks
-            are appended in `args.output_dir`, which may be the same folder.
+        sequence (`str` or `Path`, *optional*): A published sequence to continue: a folder, or on the Hub `"user/repo"`
+            or `"user/repo@revision"`. New tasks are appended in `args.output_dir`, which may be the same folder.
         task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
-        push_bases (`bool` or `str`, defaults to `True`): With `args.push_to_hub`, where the bases go: into the
-            repository of the sequence, nowhere (`False`), or into another, private one. They can leak training data.
+        push_bases (`bool` or `str`, *optional*): Where the bases go when the sequence is pushed: into its repository
+            (`True`), nowhere (`False`), or into another, private one. They can leak training data. By default as the
+            sequence on the Hub has it, and `True` for a new one.
 
     Attributes:
         task_callback ([`TaskSequenceCallback`]): The bases and the published sequence, once `train` has begun.
@@ -63,7 +64,7 @@ class ContinualMixin(OneTaskMixin):
         eblora_config: EBLoRAConfig | None = None,
         sequence: str | Path | None = None,
         task_name: str | None = None,
-        push_bases: bool | str = True,
+        push_bases: bool | str | None = None,
         **kwargs,
     ):
         arguments = self._by_name(args, kwargs)
@@ -147,7 +148,7 @@ class ContinualMixin(OneTaskMixin):
     def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
         published = self._open_sequence(resuming=bool(resume))
         self.remove_callback(TaskSequenceCallback)
-        self.task_callback = TaskSequenceCallback(published)
+        self.task_callback = TaskSequenceCallback(published, self.method.keeps_bases)
         self.add_callback(self.task_callback)
         if self.args.should_save:
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
@@ -196,10 +197,12 @@ class ContinualMixin(OneTaskMixin):
                     "`output_dir`."
                 )
             if self.is_world_process_zero():
-                PublishedSequence.open(folder, repair=True)
+                own = PublishedSequence.open(folder, repair=True)
+                if self._source is not None and Path(self._source).resolve() != folder.resolve():
+                    check_beginning(fetch_sequence(self._source, token=self.args.hub_token).tasks, own, self._source)
         elif self._source is not None:
             if self.is_world_process_zero():
-                fetch_sequence(self._source, token=self.args.hub_token, revision=self.args.hub_revision, folder=folder)
+                fetch_sequence(self._source, token=self.args.hub_token, folder=folder)
         else:
             published = PublishedSequence(folder, describe_base_model(base, heads))
             published.check_strays(self.tasks.names[0])
@@ -207,6 +210,9 @@ class ContinualMixin(OneTaskMixin):
         self.accelerator.wait_for_everyone()
         published = PublishedSequence.open(folder)
         published.check_base_model(base)
+        published.check_layers([layer.name for layer in self.layers])
+        pending = [name for name in self.tasks.names if name not in published.names]
+        published.check_strays((pending or self.tasks.names)[0])
         taken = set(self.tasks.names) & set(published.names)
         if taken and not resuming:
             raise ValueError(

@@ -64,6 +64,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[list] = []  # [status, times, pattern]
         self.requests: list[tuple[str, str]] = []
         self.before_commit: Callable[[], None] = lambda: None
+        self.lost_answers = 0  # commits that are taken, but answered with a time-out
         self.lock = threading.RLock()
 
     @property
@@ -260,6 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
                     return self.error(400, "an LFS object was not uploaded")
                 files[value["path"]] = self.server.objects[value["oid"]]
         commit = repo.commit(revision, header["summary"], files)
+        if self.server.lost_answers > 0:
+            self.server.lost_answers -= 1
+            return self.error(504, "the answer was lost")
         self.answer(
             200,
             {"success": True, "commitOid": commit.oid, "commitUrl": f"{self.server.url}/{name}/commit/{commit.oid}"},

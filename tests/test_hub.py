@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,12 +18,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
-from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, hub, load_sequence
+from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, files, hub, load_sequence
 from eblora_hf.card import loading_code, render_card
 from eblora_hf.composition import concatenate
 
 from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
 from .hub_server import TOKEN, HubServer
+from .test_sequence import append, new_sequence
 
 TASKS = ("one", "two", "three")
 
@@ -137,8 +139,6 @@ def test_a_push_interrupted_before_its_tag_is_completed_by_the_next(server, lear
 
 
 def test_somebody_elses_tasks_are_never_overwritten(server, learnt, tmp_path):
-    from .test_sequence import append, new_sequence
-
     theirs = new_sequence(tmp_path / "theirs")
     append(theirs, "alien", 0)
     hub.push_sequence(theirs, "me/seq")
@@ -213,6 +213,127 @@ def test_sources_that_hold_no_sequence(server, tmp_path):
         load_sequence(make_model("bert"), "me/nothing")
 
 
+# ---- what must not happen ----
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_failing_look_is_never_taken_for_an_empty_repository(server, learnt, tmp_path, monkeypatch, status):
+    theirs = new_sequence(tmp_path / "theirs")
+    append(theirs, "alien", 0)
+    hub.push_sequence(theirs, "me/seq")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    server.fail(status, 1000, r"HEAD /me/seq/resolve/.*/eblora_sequence.json")
+    with pytest.raises(Exception, match=r"(?i)error|cannot find"):
+        hub.push_sequence(learnt, "me/seq")
+    server.faults.clear()
+    assert server.repos["me/seq"].resolve("main").title == "Add task-00-alien"
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, True), (True, False), ("me/bases", True), (True, "me/bases")])
+def test_where_the_bases_are_cannot_change(server, learnt, first, second):
+    part = PublishedSequence(learnt.folder, learnt.base_model, learnt.tasks[:1])
+    hub.push_sequence(part, "me/seq", push_bases=first)
+    with pytest.raises(ValueError, match="where they are cannot change later"):
+        hub.push_sequence(learnt, "me/seq", push_bases=second)
+    hub.push_sequence(learnt, "me/seq")  # as it is there
+    public = [name for name in server.repos["me/seq"].resolve("main").files if "subspace" in name]
+    assert len(public) == (3 if first is True else 0)
+    load_sequence(make_model("bert"), "me/seq")
+    if first == "me/bases":
+        assert len(server.repos["me/bases"].resolve("main").files) == 4
+
+
+def test_bases_never_go_to_a_public_repository_or_over_others(server, learnt, tmp_path):
+    HfApi().create_repo("me/public")
+    with pytest.raises(ValueError, match="me/public for the bases is public"):
+        hub.push_sequence(learnt, "me/seq", push_bases="me/public")
+    theirs = new_sequence(tmp_path / "theirs")
+    append(theirs, "one", 0)
+    hub.push_sequence(theirs, "me/theirs", push_bases="me/bases")
+    with pytest.raises(hub.SequenceConflictError, match="holds the bases of another sequence"):
+        hub.push_sequence(learnt, "me/seq", push_bases="me/bases")
+    assert "eblora_sequence.json" not in server.repos["me/seq"].resolve("main").files
+
+
+@pytest.mark.parametrize("content", [b'{"format_version": 2}', b"{}", b"[]", b"{"])
+def test_an_index_that_we_do_not_understand_is_not_overwritten(server, learnt, content):
+    hub.push_sequence(learnt, "me/seq")
+    server.repos["me/seq"].resolve("main").files["eblora_sequence.json"] = content
+    head = server.repos["me/seq"].branches["main"]
+    with pytest.raises(ValueError, match="not a readable index"):
+        hub.push_sequence(learnt, "me/seq")
+    assert server.repos["me/seq"].branches["main"] == head
+
+
+def test_a_lost_answer_to_our_own_commit_is_no_conflict(server, learnt):
+    HfApi().create_repo("me/seq")
+    server.lost_answers = 1
+    hub.push_sequence(learnt, "me/seq")
+    assert len(server.repos["me/seq"].history("main")) == 4
+    assert len(server.repos["me/seq"].tags) == 3
+
+
+def test_the_newest_commit_of_a_title_is_tagged(server, learnt):
+    hub.push_sequence(learnt, "me/seq")
+    repo = server.repos["me/seq"]
+    repo.tags.clear()
+    repo.commit("main", "emptied", {".gitattributes": b""})
+    hub.push_sequence(learnt, "me/seq")
+    assert repo.tags["task-02-three"] == repo.branches["main"]
+
+
+def test_a_licence_on_the_hub_is_kept(server, learnt):
+    part = PublishedSequence(learnt.folder, learnt.base_model, learnt.tasks[:1])
+    hub.push_sequence(part, "me/seq", card=render_card, licence="mit")
+    hub.push_sequence(learnt, "me/seq", card=render_card)
+    card = server.repos["me/seq"].resolve("main").files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    assert "| three |" in card
+
+
+def test_strays_on_the_hub_and_revisions(server, learnt, tmp_path):
+    hub.push_sequence(learnt, "me/seq")
+    server.repos["me/seq"].resolve("main").files["tasks/README.md"] = b"by hand"
+    assert hub.fetch_sequence("me/seq", folder=tmp_path / "all").names == list(TASKS)
+    assert not (tmp_path / "all" / "tasks" / "README.md").exists()
+    assert hub.fetch_sequence("me/seq@task-01-two", folder=tmp_path / "two").names == ["one", "two"]
+    with pytest.raises(ValueError, match="revision='task-00-one' is for the Hub"):
+        load_sequence(make_model("bert"), learnt.folder, revision="task-00-one")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_while_pulling(server, learnt, tmp_path):
+    """At whatever file of the copy: the folder counts as empty, and the same command again completes it."""
+    hub.push_sequence(learnt, "me/seq", push_bases="me/bases")
+
+    def pull_and_die(after):
+        count, real = 0, os.replace
+
+        def counted(*args):
+            nonlocal count
+            real(*args)
+            count += 1
+            if count == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        files.os.replace = counted
+        hub.fetch_sequence("me/seq", folder=tmp_path / "copy")
+
+    for after in (1, 5, 9, 13):
+        assert os.WIFSIGNALED(run_in_child(lambda after=after: pull_and_die(after)))
+        assert not PublishedSequence.exists(tmp_path / "copy")
+    fetched = hub.fetch_sequence("me/seq", folder=tmp_path / "copy")
+    expected = learnt.bases()
+    assert all(torch.equal(basis, expected[name]) for name, basis in fetched.bases().items())
+
+
+def test_a_task_without_a_head_has_none_to_give(tmp_path):
+    sequence = new_sequence(tmp_path)
+    append(sequence, "one", 0)
+    with pytest.raises(ValueError, match="'one' has no head of its own"):
+        load_sequence(make_model("bert"), tmp_path, head="one")
+
+
 # ---- the card ----
 
 
@@ -248,6 +369,7 @@ def test_the_cards_loading_code_runs(learnt, tmp_path, server):
     hub.push_sequence(learnt, "me/seq")
     named = PublishedSequence(learnt.folder, learnt.base_model | {"name_or_path": "org/base"}, learnt.tasks)
     code = loading_code(named, "me/seq")
+    assert "'org/base', num_labels=3)" in code
     assert code in render_card(named, "me/seq")
     torch.save(make_text_data("bert", seed=9)[:4], tmp_path / "inputs.pt")
     script = f"""
@@ -356,6 +478,26 @@ def test_a_failed_push_loses_nothing_and_is_made_up_for(server, tmp_path):
     server.faults.clear()
     trainer.push_to_hub()
     assert set(server.repos["me/run"].tags) == {"task-00-one", "task-01-two"}
+
+
+def test_a_hub_that_goes_away_does_not_stop_the_training(server, tmp_path):
+    trainer = trainer_for(tmp_path / "out", **HUB)
+
+    def go_away():
+        server.shutdown()
+        server.server_close()
+
+    trainer.publisher.prepare = lambda sequence: go_away()
+    with pytest.raises(RuntimeError, match="could not be pushed"):
+        trainer.train()
+    assert PublishedSequence.open(tmp_path / "out").names == ["one", "two"]
+
+
+def test_resuming_does_not_forget_the_source(server, tmp_path, learnt):
+    hub.push_sequence(learnt, "me/other")
+    trainer_for(tmp_path / "out", tasks=("one",)).train()
+    with pytest.raises(hub.SequenceConflictError, match="me/other has the task"):
+        trainer_for(tmp_path / "out", sequence="me/other").train(resume_from_checkpoint=True)
 
 
 def test_a_conflict_or_bad_token_stops_before_training(server, tmp_path, learnt):

@@ -96,8 +96,14 @@ def test_two_tasks_of_one_name_are_refused_and_nothing_changes(tmp_path):
             ValueError,
             "adapter_model.safetensors of all tasks was changed",
         ),
-        (lambda f: edit_index(f, tasks=[record(folder="../up-one")]), ValueError, "outside of tasks/"),
-        (lambda f: edit_index(f, tasks=[record(files={"../x": "0"})]), ValueError, "files outside of its folder"),
+        (lambda f: edit_index(f, tasks=[record(folder="../up-one")]), ValueError, "lies in '../up-one' instead of"),
+        (lambda f: edit_index(f, tasks=[record(files={"../x": "0"})]), ValueError, r"lists the files \['../x'\]"),
+        (lambda f: edit_index(f, tasks=[record(files={})]), ValueError, r"lists the files \[\]"),
+        (
+            lambda f: edit_index(f, tasks=[record(), record(folder="tasks/01-one")]),
+            ValueError,
+            "lists the files|one name",
+        ),
         (lambda f: edit_index(f, tasks=[record(name="../one")]), ValueError, "not a safe folder name"),
         (lambda f: flip(f / "tasks/00-one/training.json"), ValueError, r"00-one/training.json .* was changed"),
         (lambda f: truncate(f / "tasks/00-one/subspace.safetensors"), ValueError, r"00-one/subspace.* was changed"),
@@ -228,6 +234,13 @@ def test_killed_while_appending_leaves_the_old_or_the_new_sequence(tmp_path, aft
         8,
         32,
     )
+
+
+def test_a_foreign_adapter_is_not_replaced(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds an adapter that is not of a sequence"):
+        append(new_sequence(tmp_path), "one", 0)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"mine"
 
 
 def test_selection():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
-from eblora_hf import ContinualMixin, EBLoRAConfig, PublishedSequence, Task, TaskSequence
+from eblora_hf import ContinualEBLoRATrainer, ContinualMixin, EBLoRAConfig, PublishedSequence, Task, TaskSequence
 
 from .conftest import accuracy, lora, make_arguments, make_model, make_text_data
 from .test_trainer import CONFIG, InterruptAt, InterruptionError, assert_same_files, load_published, make_trainer
@@ -354,3 +354,48 @@ def test_ten_tasks_fill_the_bases_and_every_one_still_learns(tmp_path):
     for task in trainer.task_callback.sequence.tasks:
         adapter = load_file(Path(tmp_path) / task.folder / "adapter_model.safetensors")
         assert max(adapter[key].abs().max() for key in adapter if "lora_B" in key) > 1e-4
+
+
+def test_other_layers_and_strays_show_before_training(tmp_path):
+    make_trainer(tmp_path / "a", tasks=("one",), peft_config=lora(target_modules=["query"])).train()
+    other = make_trainer(
+        tmp_path / "a", tasks=("two",), sequence=tmp_path / "a", peft_config=lora(target_modules=["query", "value"])
+    )
+    with pytest.raises(ValueError, match=r"differ in bert.encoder.layer.0.attention.self.value, "):
+        other.train()
+    assert other.state.global_step == 0
+    (tmp_path / "b" / "tasks" / "00-other").mkdir(parents=True)
+    trainer = make_trainer(
+        tmp_path / "b", tasks=("two",), sequence=tmp_path / "a", peft_config=lora(target_modules=["query"])
+    )
+    with pytest.raises(ValueError, match="holds 00-other"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_ranks_of_layers_whose_names_end_alike(tmp_path):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.fc = Inner(), nn.Linear(6, 6)
+
+        def forward(self, x, labels=None):
+            y = self.fc(self.inner.fc(x))
+            return {"loss": (y - labels).square().mean(), "logits": y}
+
+    data = [{"x": torch.randn(6), "labels": torch.randn(6)} for _ in range(8)]
+    config = LoraConfig(r=3, target_modules=["fc"], rank_pattern={"^fc": 2})
+    args = make_arguments(tmp_path, label_names=["labels"])
+    torch.manual_seed(0)
+    base = Outer()
+    trainer = ContinualEBLoRATrainer(base, args, peft_config=config, train_dataset={"a": data, "b": data})
+    trainer.train()
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    ranks = {key: value.shape[0] for key, value in state.items() if "lora_A" in key}
+    assert sorted(ranks.values()) == [4, 6]
+    assert {layer.name: layer.rank for layer in trainer.layers} == {"inner.fc": 6, "fc": 4}
