@@ -8,8 +8,9 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from .composition import heads_of
+from .index import TRAINING
 from .metrics import FORMULAS, accuracy_matrix, continual_metrics
-from .sequence import TRAINING, PublishedSequence
+from .sequence import PublishedSequence
 
 _TASK_TYPES = {  # endings of transformers' class names, for the evaluation results
     "ForSequenceClassification": "text-classification",

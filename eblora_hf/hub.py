@@ -20,7 +20,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .composition import concatenate, folded_config, heads_of, load_adapter
-from .sequence import INDEX, SUBSPACE, Index, PublishedSequence, TaskRecord
+from .index import INDEX, SUBSPACE, Index, TaskRecord
+from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
 

@@ -14,11 +14,9 @@ next writer derives it again.
 
 import datetime
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,85 +27,12 @@ from torch import nn
 from transformers.utils import logging
 
 from .composition import AdapterState, concatenate, factors_of, folded_config
-from .config import Task
 from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
+from .identity import describe_base_model
+from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
 from .subspace import BasisExtension
 
 logger = logging.get_logger(__name__)
-
-INDEX = "eblora_sequence.json"
-FORMAT_VERSION = 1
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SUBSPACE, TRAINING = "subspace.safetensors", "training.json"
-
-
-@dataclass
-class TaskRecord:
-    """
-    What the index says of one task.
-
-    Args:
-        name (`str`): Its name.
-        folder (`str`): Its folder, relative to the sequence. The adapter in it is the base plus this task's update
-            alone, not the model after the task.
-        created (`str`): When it was added, ISO 8601 in UTC.
-        rank (`int`): LoRA rank of its update.
-        steps (`int`): Optimizer steps it was trained for.
-        metrics (`dict[str, float]`): Row of the accuracy matrix: accuracy on each task after learning this one.
-        files (`dict[str, str]`): sha256 of each file, by its path relative to the sequence.
-    """
-
-    name: str
-    folder: str
-    created: str
-    rank: int
-    steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-    def check(self, position: int) -> None:
-        """Raises a `ValueError` if a name or path in it is not what `append` writes at that position."""
-        Task(self.name, train_dataset=())  # the name is safe
-        if self.folder != f"tasks/{position:02d}-{self.name}":
-            raise ValueError(
-                f"task {self.name!r} lies in {self.folder!r} instead of 'tasks/{position:02d}-{self.name}'"
-            )
-        needed = {f"{self.folder}/{file}" for file in (ADAPTER, ADAPTER_CONFIG, TRAINING)}
-        if not needed <= set(self.files) <= needed | {f"{self.folder}/{SUBSPACE}"}:
-            raise ValueError(f"task {self.name!r} lists the files {sorted(self.files)}, expected {sorted(needed)}")
-
-
-@dataclass
-class Index:
-    """The content of `eblora_sequence.json`."""
-
-    base_model: dict[str, Any]
-    bases: str
-    files: dict[str, str]
-    tasks: list[TaskRecord]
-
-    @classmethod
-    def read(cls, path: Path) -> "Index":
-        """
-        Reads an index and checks it; it may come from anywhere.
-
-        Raises:
-            ValueError: if it is not readable, of a newer format, or names files it should not.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content["format_version"]
-            if version > FORMAT_VERSION:
-                raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
-            tasks = [TaskRecord(**task) for task in content["tasks"]]
-            for position, task in enumerate(tasks):
-                task.check(position)
-            if len({task.name.lower() for task in tasks}) < len(tasks):
-                raise ValueError("two tasks have one name")
-            files = {name: content["files"][name] for name in (ADAPTER, ADAPTER_CONFIG)}
-            return cls(content["base_model"], content["bases"], files, tasks)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable index: {error!s}.") from error
 
 
 class PublishedSequence:
@@ -400,48 +325,6 @@ class PublishedSequence:
                     write(copied.folder / name, (source / name).read_bytes())
         copied.write_root()
         return PublishedSequence.open(folder)
-
-
-def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[str, Any]:
-    """
-    Identity of a base model.
-
-    Args:
-        model (`nn.Module`): The model, with or without adapters.
-        heads (collection of `str`): Names of its `modules_to_save`, whose values do not matter: adapters bring their
-        own.
-
-    Returns:
-        `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
-        one of up to 4,096 values of each, rounded to bf16 so that the precision it is loaded in does not matter
-        (`None` for fp16 and integer weights, which round differently).
-    """
-    config = getattr(model, "config", None)
-    revision = getattr(config, "_commit_hash", None)
-    shapes, values = [], hashlib.sha256()
-    own = {
-        name.replace(".base_layer", "").replace(".original_module", ""): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name and ".modules_to_save." not in name  # what PEFT added
-    }
-    for name, parameter in sorted(own.items()):
-        shapes.append((name, list(parameter.shape)))
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            values = None
-        elif values is not None and not any(f".{head}." in f".{name}" for head in heads):
-            every = max(parameter.numel() // 4096, 1)
-            sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
-            values.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return {
-        # only a model that came from the Hub has a commit; paths of one machine are nobody else's business
-        "name_or_path": (getattr(config, "_name_or_path", "") if revision else "") or "",
-        "revision": revision,
-        "architecture": type(model).__name__,
-        "num_labels": config.num_labels if type(model).__name__.endswith("Classification") else None,
-        "heads": sorted(heads),
-        "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-        "weights": None if values is None else values.hexdigest(),
-    }
 
 
 def _verify(path: Path, digest: str, whose: str) -> None:

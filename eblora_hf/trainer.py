@@ -19,12 +19,13 @@ from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
 from .hub import check_beginning, fetch_sequence
+from .identity import describe_base_model
 from .layers import find_layers
 from .methods import build_method
 from .metrics import continual_metrics
 from .one_task import OneTaskMixin
 from .publisher import Publisher
-from .sequence import PublishedSequence, describe_base_model
+from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
 

@@ -13,8 +13,8 @@ import eblora_hf
 ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
     {"stiefel", "subspace", "metrics", "files", "version"},
-    {"layers", "gradients", "factors", "optimizers", "constraint", "composition"},
-    {"config", "methods", "sequence", "hub", "card"},
+    {"layers", "gradients", "factors", "optimizers", "constraint", "composition", "identity"},
+    {"config", "methods", "index", "sequence", "hub", "card"},
     {"callback", "publisher", "arguments", "constrained", "one_task", "trainer", "analysis", "benchmark", "cli"},
 ]
 MODULES = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in ROOT.rglob("*.py"))

@@ -10,7 +10,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from eblora_hf import PublishedSequence
-from eblora_hf.sequence import TaskRecord, describe_base_model
+from eblora_hf.identity import describe_base_model
+from eblora_hf.index import TaskRecord
 from eblora_hf.subspace import BasisExtension
 
 from .conftest import lora, make_model, orthonormal

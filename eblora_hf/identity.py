@@ -1,0 +1,52 @@
+"""Which base model a sequence was learnt on."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[str, Any]:
+    """
+    Identity of a base model.
+
+    Args:
+        model (`nn.Module`): The model, with or without adapters.
+        heads (collection of `str`): Names of its `modules_to_save`, whose values do not matter: adapters bring their
+        own.
+
+    Returns:
+        `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
+        one of up to 4,096 values of each, rounded to bf16 so that the precision it is loaded in does not matter
+        (`None` for fp16 and integer weights, which round differently).
+    """
+    config = getattr(model, "config", None)
+    revision = getattr(config, "_commit_hash", None)
+    labels = getattr(config, "num_labels", None) if type(model).__name__.endswith("Classification") else None
+    shapes, values = [], hashlib.sha256()
+    own = {
+        name.replace(".base_layer", "").replace(".original_module", ""): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name  # what PEFT added
+    }
+    for name, parameter in sorted(own.items()):
+        shapes.append((name, list(parameter.shape)))
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            values = None
+        elif values is not None and not any(f".{head}." in f".{name}" for head in heads):
+            every = max(parameter.numel() // 4096, 1)
+            sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
+            values.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        # only a model that came from the Hub has a commit; paths of one machine are nobody else's business
+        "name_or_path": (getattr(config, "_name_or_path", "") if revision else "") or "",
+        "revision": revision,
+        "architecture": type(model).__name__,
+        "num_labels": labels,
+        "heads": sorted(heads),
+        "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "weights": None if values is None else values.hexdigest(),
+    }
