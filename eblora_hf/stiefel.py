@@ -75,7 +75,8 @@ def polar_factor(y: torch.Tensor) -> torch.Tensor:
     identity = torch.eye(y.shape[-1], dtype=gram.dtype, device=y.device)
     eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, gram, identity))
     inverse_root = (vectors * eigenvalues.rsqrt().unsqueeze(-2)) @ vectors.mT
-    return y @ torch.where(finite, inverse_root, torch.nan).to(y.dtype)
+    x = y @ torch.where(finite, inverse_root, torch.nan).to(y.dtype)
+    return x @ (1.5 * identity.to(y.dtype) - 0.5 * (x.mT @ x))
 
 
 def polar_retraction(x: torch.Tensor, delta: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:

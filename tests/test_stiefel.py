@@ -84,6 +84,19 @@ def test_float32_stays_at_the_rounding_floor(d, r, p):
         assert restriction <= 2e-7
 
 
+@pytest.mark.parametrize("length", [0.1, 1.0, 5.0, 20.0])
+def test_long_steps_land_on_the_manifold_too(length):
+    """RMSprop's first step is ten times its later ones."""
+    q = orthonormal(32, 12, 5, torch.float32)
+    basis, x = q[:, :8], q[:, 8:].contiguous()
+    for seed in range(20):
+        z = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+        moved = stiefel.polar_retraction(x, stiefel.canonical_tangent(x, length / 32**0.5 * z, basis), basis)
+        orthonormality, restriction = stiefel.factor_deviation(moved, basis)
+        assert orthonormality <= 1e-6
+        assert restriction <= 2e-7
+
+
 def test_polar_factor_passes_nan_on():
     y = torch.randn(3, 6, 2)
     y[1, 0, 0] = float("nan")
