@@ -42,7 +42,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
     records = [json.loads((sequence.folder / task.folder / TRAINING).read_text()) for task in sequence.tasks]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_template("sequence.md.jinja")).render(
-        metadata=_metadata(sequence, repo_id, licence, metrics).to_yaml(),
+        metadata=_metadata(sequence, repo_id, licence).to_yaml(),
         title=repo_id.rsplit("/", 1)[-1],
         repo_id=repo_id,
         base_name=base["name_or_path"] or f"a {base['architecture']}",
@@ -83,9 +83,7 @@ def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
     )
 
 
-def _metadata(
-    sequence: PublishedSequence, repo_id: str, licence: str | None, metrics: dict[str, float]
-) -> ModelCardData:
+def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None) -> ModelCardData:
     base, last = sequence.base_model, sequence.tasks[-1]
     ending = next((kind for end, kind in _TASK_TYPES.items() if base["architecture"].endswith(end)), "other")
     results = [
