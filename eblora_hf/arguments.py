@@ -77,12 +77,12 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
     return get_peft_model(model, peft_config)
 
 
-def check_layers(layers: list[AdaptedLayer], adapter: str, constrained: bool) -> None:
+def check_layers(layers: list[AdaptedLayer], adapter: str, orthonormal: bool) -> None:
     """
     Raises a `ValueError` if the adapter is frozen, trained already, or of a rank that has no orthonormal factors.
     """
     for layer in layers:
-        if constrained and layer.rank > min(layer.d_in, layer.d_out):
+        if orthonormal and layer.rank > min(layer.d_in, layer.d_out):
             raise ValueError(
                 f"{layer.name}: rank {layer.rank} exceeds the smaller side of its weight ({layer.d_out} x "
                 f"{layer.d_in}), so its factors cannot be orthonormal. Leave the layer out with "

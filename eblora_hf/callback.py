@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from .composition import AdapterState
 from .config import EBLoRAConfig, Task
-from .constraint import StiefelConstraint
 from .metrics import accuracy_matrix
 from .sequence import PublishedSequence
+from .step_hooks import StepHooks
 from .subspace import BasisExtension
 from .version import __version__
 
@@ -98,7 +98,7 @@ def training_record(
     config: EBLoRAConfig,
     args: TrainingArguments,
     optimizer: torch.optim.Optimizer,
-    constraint: StiefelConstraint | None,
+    constraint: StepHooks | None,
 ) -> dict[str, Any]:
     """How a task was trained: what differs from the defaults, the rates in use, the seed and the library versions."""
     defaults, overrides = (
@@ -111,7 +111,7 @@ def training_record(
     return {
         "eblora_config": {"method": config.method} | changed,
         "task": {key: getattr(task, key) for key in overrides if getattr(task, key) is not None},
-        "rates": {"direction_lr": constraint.direction_lr, "scale_lr": constraint.scale_lr} if constraint else {},
+        "rates": constraint.rates if constraint else {},
         "learning_rate": float(group.get("initial_lr", group["lr"])),
         "optim": str(getattr(args.optim, "value", args.optim)),
         "seed": args.seed,

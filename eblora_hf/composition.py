@@ -49,6 +49,10 @@ def folded_adapter(
             state[a], state[b] = factors[layer.name].V.mT, factors[layer.name].s * factors[layer.name].U
         else:
             state[b] = state[b] * layer.scaling
+        used = state[a].any(dim=1)  # a direction whose row of A is zero holds nothing
+        if not used.all():
+            used[0] = True  # PEFT wants a rank of at least one
+            state[a], state[b] = state[a][used], state[b][:, used]
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
 
@@ -61,17 +65,23 @@ def folded_config(config: LoraConfig, adapter: AdapterState) -> LoraConfig:
         adapter (`dict[str, torch.Tensor]`): A folded adapter, or a concatenation of some.
     """
     ranks = {name: tensor.shape[0] for name, tensor in factors_of(adapter, "lora_A").items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    folded = copy.deepcopy(config)
-    folded.r = folded.lora_alpha = common
-    # anchored: PEFT would take a bare name for every layer that ends in it
-    folded.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
-    folded.alpha_pattern = dict(folded.rank_pattern)
-    folded.use_rslora = False
+    folded = _ranked(config, ranks)
     folded.lora_dropout = 0.0
     folded.init_lora_weights = True
     folded.inference_mode = True
     return folded
+
+
+def _ranked(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+    """The configuration with a rank per layer name and every scaling 1."""
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    ranked = copy.deepcopy(config)
+    ranked.r = ranked.lora_alpha = common
+    # anchored: PEFT would take a bare name for every layer that ends in it
+    ranked.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    ranked.alpha_pattern = dict(ranked.rank_pattern)
+    ranked.use_rslora = False
+    return ranked
 
 
 def concatenate(adapters: list[AdapterState]) -> AdapterState:
@@ -118,6 +128,31 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
     activate(model, adapter)
 
 
+def current_weight(layer: AdaptedLayer) -> torch.Tensor:
+    """The weight that a task finds, `(d_out, d_in)` in float32 or wider: the base model's with all earlier tasks."""
+    weight = layer.weight.detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if EARLIER_TASKS in layer.module.lora_A:
+        weight = weight + layer.module.get_delta_weight(EARLIER_TASKS).detach()
+    return layer.oriented(weight)
+
+
+def set_ranks(model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
+    """
+    Replaces a trainable adapter by a fresh one of other ranks and scaling 1; its `modules_to_save` keep their values.
+
+    Args:
+        model (`PeftModel`): The model.
+        adapter (`str`): Name of the adapter.
+        ranks (`dict[str, int]`): The rank by layer name.
+    """
+    heads = heads_of(get_peft_model_state_dict(model, adapter_name=adapter))
+    heads = {key: value.detach().clone() for key, value in heads.items()}
+    _renew(model, adapter, _ranked(model.peft_config[adapter], ranks))
+    load_adapter(model, adapter, heads)
+    activate(model, adapter)
+
+
 def activate(model: PeftModel, adapter: str) -> None:
     """Makes an adapter active and trainable, and with it the frozen earlier tasks if there are any."""
     if EARLIER_TASKS not in model.peft_config:
@@ -137,20 +172,25 @@ def replace_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None
         adapter (`str`): Name of the adapter.
         state (`dict[str, torch.Tensor]`): Folded adapter with the `modules_to_save` of the old one, if it had any.
     """
-    config = folded_config(model.peft_config[adapter], state)
+    if EARLIER_TASKS in model.peft_config:
+        model.set_adapter(adapter)
+        model.delete_adapter(EARLIER_TASKS)
+    _renew(model, adapter, folded_config(model.peft_config[adapter], state))
+    load_adapter(model, adapter, state)
+    model.set_requires_grad(adapter, False)
+
+
+def _renew(model: PeftModel, adapter: str, config: LoraConfig) -> None:
+    """Replaces an adapter by a fresh one, which is then the active one."""
     stand_in = "replaced"  # PEFT wants one adapter to be active at any time
     small = copy.deepcopy(config)
     small.r, small.rank_pattern, small.alpha_pattern, small.modules_to_save = 1, {}, {}, None
     PeftModel.add_adapter(model, stand_in, small)
     model.set_adapter(stand_in)
-    for name in (adapter, EARLIER_TASKS):
-        if name in model.peft_config:
-            model.delete_adapter(name)
+    model.delete_adapter(adapter)
     model.add_adapter(adapter, config)
-    load_adapter(model, adapter, state)
     model.set_adapter(adapter)
     model.delete_adapter(stand_in)
-    model.set_requires_grad(adapter, False)
 
 
 def merge_into_base(model: PeftModel, *, allow_lossy: bool = False) -> nn.Module:

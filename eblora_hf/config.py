@@ -15,8 +15,8 @@ class EBLoRAConfig:
     Options of continual fine-tuning, beside the stock `TrainingArguments`. Usable with `HfArgumentParser`.
 
     Args:
-        method (`str`, defaults to `"eblora"`): `"eblora"`, `"ebo"` (no gradient subspace) or `"lora"` (sequential
-            LoRA).
+        method (`str`, defaults to `"eblora"`): `"eblora"`, `"ebo"` (no gradient subspace), `"lora"` (sequential
+            LoRA), `"olora"`, `"keeplora"`, `"inflora"` or `"osf"`; see `eblora_hf.methods`.
         direction_lr (`float` or `"auto"`, defaults to `"auto"`): Step of U and V per optimizer step, without
             dimension: under an optimizer whose updates are normalised element-wise the increment is `direction_lr`/√d
             times the update divided by its learning rate, so `learning_rate` has no influence on it while its schedule
@@ -25,6 +25,13 @@ class EBLoRAConfig:
             1.2 / steps of the task, at most 0.05.
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
         energy_threshold (`float`, defaults to 0.99): Share ε of a task's gradient energy that its basis must hold.
+        basis_from (`str`, defaults to `"gradients"`): What a basis is grown from after a task, its mean `"gradients"`
+            or the inputs of the layers (`"features"`); EBLoRA and KeepLoRA.
+        weight_energy (`float`, defaults to 0.6): Share of the energy ‖W‖² of each weight whose directions are
+            protected from the start by KeepLoRA (0 for none), and before every task by OSF.
+        orthogonality_weight (`float`, defaults to 0.5): λ of O-LoRA's penalty.
+        stored_energy (`float`, defaults to 0.999): Share of the energy ‖ΔW‖² of OSF's full-rank updates that their
+            adapters hold.
         max_basis_fraction (`float`, defaults to 1.0): Cap on the columns of a basis, as a share of d_in. Whatever it
             is, `r` directions are left free for the next task.
         snapshot_fraction (`float`, defaults to 0.2): Share of a task's data that its gradient snapshots use.
@@ -44,7 +51,7 @@ class EBLoRAConfig:
         step_constant (`float`, defaults to 4096.0): Constant of the released scalings.
     """
 
-    method: Literal["eblora", "ebo", "lora"] = dataclasses.field(
+    method: Literal["eblora", "ebo", "lora", "olora", "keeplora", "inflora", "osf"] = dataclasses.field(
         default="eblora", metadata={"help": "Continual-learning method."}
     )
     direction_lr: str = dataclasses.field(
@@ -56,6 +63,16 @@ class EBLoRAConfig:
     scale_weight_decay: float = dataclasses.field(default=0.0, metadata={"help": "Decoupled weight decay of s."})
     energy_threshold: float = dataclasses.field(
         default=0.99, metadata={"help": "Share of gradient energy a basis must hold."}
+    )
+    basis_from: Literal["gradients", "features"] = dataclasses.field(
+        default="gradients", metadata={"help": "What a basis is grown from after a task (eblora, keeplora)."}
+    )
+    weight_energy: float = dataclasses.field(
+        default=0.6, metadata={"help": "Share of each weight's energy that is protected (keeplora, osf)."}
+    )
+    orthogonality_weight: float = dataclasses.field(default=0.5, metadata={"help": "λ of the penalty (olora)."})
+    stored_energy: float = dataclasses.field(
+        default=0.999, metadata={"help": "Share of an update's energy that its adapter holds (osf)."}
     )
     max_basis_fraction: float = dataclasses.field(
         default=1.0, metadata={"help": "Cap on the columns of a basis, as a share of d_in."}
@@ -99,10 +116,18 @@ class EBLoRAConfig:
                 raise ValueError(
                     f"EBLoRAConfig({field.name}={getattr(self, field.name)!r}): expected one of {', '.join(choices)}."
                 )
-        for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction"):
+        for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction", "stored_energy"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in (0, 1].")
-        for name in ("scale_weight_decay", "init_scale_alpha", "init_scale_beta", "step_constant"):
+        if not 0.0 <= self.weight_energy < 1.0:
+            raise ValueError(f"EBLoRAConfig(weight_energy={self.weight_energy!r}): expected a share in [0, 1).")
+        for name in (
+            "orthogonality_weight",
+            "scale_weight_decay",
+            "init_scale_alpha",
+            "init_scale_beta",
+            "step_constant",
+        ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
         if self.num_layers is not None and self.num_layers < 1:

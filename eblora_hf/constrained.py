@@ -17,17 +17,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .composition import EARLIER_TASKS, activate
 from .config import EBLoRAConfig
-from .constraint import StiefelConstraint
-from .factors import Factors, factors_from_state, load_state, save_state
+from .factors import load_state, save_state
+from .features import feature_matrices
 from .gradients import mean_gradients, snapshot_indices
 from .layers import AdaptedLayer
 from .methods import Method
+from .methods.base import Snapshot
 from .optimizers import plain_optimizer
+from .step_hooks import StepHooks
 
 
 class ConstrainedMixin:
     """
-    Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer stay on the manifold.
+    Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
+    allows.
 
     Attributes:
         eblora_config ([`EBLoRAConfig`]): The options.
@@ -35,7 +38,7 @@ class ConstrainedMixin:
         adapter (`str`): Name of the adapter that is trained.
         layers (`list[AdaptedLayer]`): The layers whose adapter is trained.
         bases (`dict[str, torch.Tensor]`): Per layer name the basis of earlier tasks, `(d_in, p)`.
-        constraint ([`StiefelConstraint`], *optional*): The constraint, from the creation of the scheduler on.
+        constraint ([`StepHooks`], *optional*): What acts around the steps, from the creation of the scheduler on.
     """
 
     eblora_config: EBLoRAConfig
@@ -43,25 +46,29 @@ class ConstrainedMixin:
     adapter: str
     layers: list[AdaptedLayer]
     bases: dict[str, torch.Tensor]
-    constraint: StiefelConstraint | None = None
+    constraint: StepHooks | None = None
 
-    def start_from(self, factors: dict[str, Factors]) -> None:
-        """Sets the factors that the next training starts from, and lets go of the constraint before."""
+    def start_from(self, start: dict[str, Any]) -> None:
+        """Sets what the method's constraint of the next training starts from, and lets go of the one before."""
         if self.constraint is not None:
             self.constraint.detach()
-        self.constraint, self._factors, self._state = None, factors, None
+        self.constraint, self._start, self._state = None, start, None
 
-    def snapshot(self, dataset: Any, seed: int) -> dict[str, torch.Tensor]:
+    def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> dict[str, torch.Tensor]:
         """
-        Mean gradient of a data set with respect to the full weights, through the trainer's own collator and loss.
+        What a data set says of the full weights, through the trainer's own collator and loss.
 
         Args:
             dataset: A map-style data set; `snapshot_fraction` of it is used.
             seed (`int`): Seed of that choice.
+            of (`str`, *optional*): `"gradients"`, the mean gradient of each layer `(d_out, d_in)`, or `"features"`, a
+                matrix of its inputs `(d_in, d_in)`. `None` for nothing.
 
         Returns:
-            `dict[str, torch.Tensor]`: By layer name, `(d_out, d_in)`.
+            `dict[str, torch.Tensor]`: By layer name.
         """
+        if of is None:
+            return {}
         config = self.eblora_config
         even = config.snapshot_sampling == "even"
         indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
@@ -91,12 +98,15 @@ class ConstrainedMixin:
                 module.training = True  # the module itself, not its children: it checkpoints in training mode alone
         try:
             with pretrained():
-                return mean_gradients(self.model, self.layers, batches(), loss)
+                collect = mean_gradients if of == "gradients" else feature_matrices
+                return collect(self.model, self.layers, batches(), loss)
         finally:
             self.model.train(training)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""
+        for layer in self.layers:  # whatever activated the adapter made all of it trainable
+            layer.lora_A.requires_grad_(self.method.trains_lora_A)
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.method.constrained:
             plain_optimizer(optimizer)
@@ -111,7 +121,7 @@ class ConstrainedMixin:
             if self.constraint is not None:  # a second attempt with a smaller batch (`auto_find_batch_size`)
                 self.constraint.detach()
             self.constraint = self.method.constrain(
-                self.optimizer, self.layers, self._factors, self.bases, num_training_steps
+                self.optimizer, self.layers, self._start, self.bases, num_training_steps
             )
             if self._state is not None:
                 self.constraint.load_state_dict(self._state)
@@ -122,7 +132,7 @@ class ConstrainedMixin:
         One forward and backward pass; never without the constraint that the method needs.
 
         The gradients that clipping and the logged `grad_norm` see are those of lora_A and lora_B, as in plain LoRA.
-        They become tangent vectors inside `optimizer.step`, where they are known to be synchronised, unscaled and
+        A constraint changes them inside `optimizer.step`, where they are known to be synchronised, unscaled and
         clipped.
         """
         if self.method.constrained and self.constraint is None:
@@ -133,9 +143,9 @@ class ConstrainedMixin:
         return super().training_step(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """No weight decay on constrained factors, whose norm is fixed."""
+        """No weight decay on orthonormal factors, whose norm is fixed."""
         names = super().get_decay_parameter_names(model)
-        if not self.method.constrained:
+        if not self.method.orthonormal:
             return names
         return [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
 
@@ -161,7 +171,7 @@ class ConstrainedMixin:
         activate(self.model, self.adapter)  # the parent leaves one adapter active
         if self.method.constrained:
             self._state = load_state(resume_from_checkpoint)
-            self._factors = factors_from_state(self._state, self.layers)
+            self._start = self.method.resume(self.layers, self._state)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

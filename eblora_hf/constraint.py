@@ -17,10 +17,11 @@ from torch import nn
 from . import stiefel
 from .factors import Factors, FactorStack, check_state
 from .layers import AdaptedLayer
-from .optimizers import ParameterGroups, is_normalised, plain_optimizer
+from .optimizers import ParameterGroups, is_normalised
+from .step_hooks import StepHooks
 
 
-class StiefelConstraint:
+class StiefelConstraint(StepHooks):
     """
     Keeps LoRA factors on the Stiefel manifold through every step of `optimizer`.
 
@@ -64,7 +65,7 @@ class StiefelConstraint:
         scale_eps: float = 1e-8,
         scale_weight_decay: float = 0.0,
     ):
-        self.optimizer = plain_optimizer(optimizer)
+        super().__init__(optimizer)
         self.groups = ParameterGroups(self.optimizer)
         self.layers = layers
         self.direction_lr, self.scale_lr = direction_lr, scale_lr
@@ -85,10 +86,7 @@ class StiefelConstraint:
             weight_decay=scale_weight_decay,
             fused=all(scale.device.type in ("cpu", "cuda") for scale in self.scales),
         )
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self.attach()
         self.write()
 
     def _check(self, factors: dict[str, Factors], bases: dict[str, torch.Tensor]) -> None:
@@ -134,28 +132,16 @@ class StiefelConstraint:
 
     # ---- one step of the optimizer ----
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if any(argument is not None for argument in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step() was given a closure, which would recompute the gradients after "
-                "they were projected. Compute gradients first, then call step() without arguments."
-            )
-        # A fused optimizer with a gradient scaler is called even when gradients overflowed and skips the step by
-        # itself
-        found_inf = getattr(optimizer, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf)
-        if self._skipped:
-            return
+    def before_step(self) -> None:
+        """Turns gradients into tangent vectors and lends the optimizer the factors."""
         with stiefel.full_precision():
             for stack in self._stacks:
                 stack.active = [i for i, parameter in enumerate(stack.parameters) if parameter.grad is not None]
                 if stack.active:
                     self._lend(stack, self.euclidean_gradients(stack))
-        grad_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its own kernel
         for scale in self.scales:
-            if scale.grad is not None and grad_scale is not None:
-                scale.grad.div_(grad_scale)
+            if scale.grad is not None:
+                scale.grad.div_(self.gradient_scale)
 
     def euclidean_gradients(self, stack: FactorStack) -> torch.Tensor:
         """
@@ -187,10 +173,8 @@ class StiefelConstraint:
             else:
                 parameter.zero_()
 
-    @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._skipped:
-            return
+    def after_step(self) -> None:
+        """Takes the increments back onto the manifold, and steps s."""
         with stiefel.full_precision():
             for stack in self._stacks:
                 if stack.active:
@@ -230,6 +214,10 @@ class StiefelConstraint:
                 parameter.copy_(row)
 
     # ---- state ----
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return {"direction_lr": self.direction_lr, "scale_lr": self.scale_lr}
 
     def factors(self) -> dict[str, Factors]:
         """The current factors by layer name; U and V are views of the masters."""
@@ -280,11 +268,6 @@ class StiefelConstraint:
         current["state"] = {number: state for number, state in restored.items() if state}
         self._scale_optimizer.load_state_dict(current)
         self.write()
-
-    def detach(self) -> None:
-        """Removes the hooks; the model keeps its factors."""
-        for handle in self._handles:
-            handle.remove()
 
 
 def _master_dtype(layer: AdaptedLayer) -> torch.dtype:

@@ -17,9 +17,18 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .callback import TaskSequenceCallback, training_record
-from .composition import concatenate, folded_adapter, heads_of, put_earlier_tasks, replace_adapter, with_heads
+from .composition import (
+    concatenate,
+    folded_adapter,
+    heads_of,
+    put_earlier_tasks,
+    replace_adapter,
+    set_ranks,
+    with_heads,
+)
 from .config import Task, TaskSequence
 from .constrained import ConstrainedMixin
+from .constraint import StiefelConstraint
 from .layers import find_layers
 from .methods import build_method
 from .publisher import PublishingMixin
@@ -52,21 +61,22 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         seed = self.args.seed + index
         set_seed(seed)
         if checkpoint is None:
-            gradients = self.snapshot(task.train_dataset, seed) if self.method.uses_gradients else {}
-            self.start_from(self._from_main_process(self.method.begin_task(self.layers, gradients, self.bases)))
-            del gradients
+            snapshot = self.snapshot(task.train_dataset, seed, self.method.starts_from)
+            self.start_from(self._from_main_process(self.method.begin_task(self.layers, snapshot, self.bases)))
+            del snapshot
         self.task_callback.begin_task(task.name)
         set_seed(seed)
         with self._arguments_of(task):
             output = super().train(checkpoint, trial, ignore_keys)  # the trainer's own loop
         learning_record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
-        factors = self.constraint.factors() if self.constraint is not None else None
+        self.method.finish_training(self.layers)
+        factors = self.constraint.factors() if isinstance(self.constraint, StiefelConstraint) else None
         accuracies = self._accuracies(task)
         self._unwrap()
         with self._kept_if_it_fails(task):
-            gradients = self.snapshot(task.train_dataset, seed) if self.method.keeps_bases else {}
-            extensions = self._from_main_process(self.method.end_task(self.layers, gradients, self.bases))
-            del gradients
+            snapshot = self.snapshot(task.train_dataset, seed, self.method.remembers)
+            extensions = self._from_main_process(self.method.end_task(self.layers, snapshot, self.bases))
+            del snapshot
             self.task_callback.end_task(
                 folded_adapter(self.model, self.layers, factors),
                 self.model.peft_config[self.adapter],
@@ -90,6 +100,10 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         if published.tasks:
             put_earlier_tasks(self.model, self.adapter, concatenate(published.adapters()))
         self.layers = find_layers(self.model, self.adapter)
+        ranks = self._from_main_process(self.method.ranks(self.layers))
+        if ranks:
+            set_ranks(self.model, self.adapter, ranks)
+            self.layers = find_layers(self.model, self.adapter)
         for layer in self.layers:
             torch.nn.init.zeros_(layer.lora_B)
         self.start_from({})

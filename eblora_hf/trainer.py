@@ -51,7 +51,7 @@ class ContinualMixin(OneTaskMixin):
 
     Attributes:
         task_callback ([`TaskSequenceCallback`]): The bases and the published sequence, once `train` has begun.
-        constraint ([`StiefelConstraint`], *optional*): What keeps the factors on the manifold while a task trains.
+        constraint ([`StepHooks`], *optional*): What the method does around the optimizer's steps while a task trains.
 
     Raises:
         ValueError: if the model has no LoRA adapter and no `peft_config` was given, if an argument does not fit, or if
@@ -79,7 +79,7 @@ class ContinualMixin(OneTaskMixin):
         try:
             self.adapter = model.active_adapters[0]
             self.layers = find_layers(model, self.adapter)
-            check_layers(self.layers, self.adapter, self.method.constrained)
+            check_layers(self.layers, self.adapter, self.method.orthonormal)
             self.tasks = read_tasks(arguments, task_name)
             if arguments.get("args") is None:
                 arguments["args"] = TrainingArguments()
@@ -99,7 +99,7 @@ class ContinualMixin(OneTaskMixin):
         self._given_optimizer = self.optimizer
         self.start_from({})
         head = getattr(model.peft_config[self.adapter], "modules_to_save", None)
-        if head and self.method.keeps_bases:
+        if head and self.method.remembers:
             logger.warning(
                 f"The modules {', '.join(head)} are trained without the subspace constraint (LoRA alone is "
                 "protected): later tasks may change them at the expense of earlier ones."
@@ -149,7 +149,7 @@ class ContinualMixin(OneTaskMixin):
     def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
         published = self._open_sequence(resuming=bool(resume))
         self.remove_callback(TaskSequenceCallback)
-        self.task_callback = TaskSequenceCallback(published, self.method.keeps_bases)
+        self.task_callback = TaskSequenceCallback(published, keeps_bases=self.method.remembers is not None)
         self.add_callback(self.task_callback)
         if self.args.should_save:
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
@@ -221,7 +221,7 @@ class ContinualMixin(OneTaskMixin):
                 "names (`task_name=…` or the keys of `train_dataset`)."
             )
         without = published.names_without_basis()
-        if self.method.keeps_bases and without:
+        if self.method.remembers and without:
             raise ValueError(
                 f"The task(s) {', '.join(without)} in {folder} were learnt by a method that keeps no basis, so that "
                 f"{self.eblora_config.method!r} cannot protect them. Continue with that method, or start a new "

@@ -52,7 +52,8 @@ def backward(model, step: int, scale: float = 1.0):
 @pytest.mark.parametrize("name", ["adamw", "adamw_fused", "sgd_momentum", "adafactor"])
 def test_constraints_hold_after_every_one_of_300_steps(name, dtype):
     model, layers, optimizer, constraint = setting(name, dtype=dtype)
-    start = {key: value.clone() for key, value in constraint.state_dict().items()}
+    start = {key: value for key, value in constraint.state_dict().items() if key.endswith((".U", ".V", ".s"))}
+    farthest = dict.fromkeys(start, 0.0)  # a scale may end where it began
     for step in range(300):
         backward(model, step)
         optimizer.step()
@@ -60,10 +61,12 @@ def test_constraints_hold_after_every_one_of_300_steps(name, dtype):
         orthonormality, restriction = constraint.deviation()
         assert orthonormality <= 2e-6, step
         assert restriction <= 2e-7, step
-    end = constraint.state_dict()
+        if step % 10 == 9:
+            now = constraint.state_dict()
+            farthest = {key: max(farthest[key], (now[key] - start[key]).abs().max().item()) for key in start}
     least = 1e-5 if name == "sgd_momentum" else 1e-3  # SGD's steps are as small as the gradients of queries and keys
-    moved = [key for key in end if key.endswith((".U", ".V", ".s")) and (end[key] - start[key]).abs().max() > least]
-    assert len(moved) == 3 * len(layers)  # every factor has been trained
+    assert len(farthest) == 3 * len(layers)
+    assert min(farthest.values()) > least  # every factor has been trained
     for layer in layers:  # what the model holds is what the constraint holds, to the resolution of its dtype
         factors = constraint.factors()[layer.name]
         delta = factors.s * factors.U @ factors.V.T

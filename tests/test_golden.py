@@ -302,6 +302,36 @@ def test_metrics(case):
     np.testing.assert_allclose(matrix.mean(axis=0), expected["avg"], atol=0.05 + 1e-6)
 
 
-@pytest.mark.parametrize("case", cases("keeplora_subspace", "keeplora_init"))
-def test_keeplora(case):
-    pytest.skip("KeepLoRA is not among the methods yet")
+@pytest.mark.parametrize("case", cases("keeplora_subspace"))
+def test_keeplora_subspace(case):
+    """Matrices are given as `(d, n)`, and the left singular vectors count."""
+    hyper, bases, ranks = case["hyper"], {}, []
+    for key, matrix in inputs(case).items():
+        update, layer = key.split(".", 1)
+        if update == "t0":
+            bases[layer] = subspace.principal_weight_directions(matrix.T, hyper["threshold_first"])
+        else:
+            added = subspace.extend_basis(matrix.T, bases[layer], threshold=hyper["threshold_later"]).columns
+            bases[layer] = torch.cat([bases[layer], added], dim=1)
+        compare(case, f"M.{key}", bases[layer])
+        ranks.append([key, bases[layer].shape[1]])
+    compare(case, "ranks", ranks)
+
+
+@pytest.mark.parametrize("case", cases("keeplora_init"))
+def test_keeplora_init(case):
+    """A is the transpose of ours; the released B = Σ Qᵀ is subtracted from the weights, ours counts from there."""
+    data, hyper = inputs(case), case["hyper"]
+    gradients = dict(zip("qkv", data["grad_in_proj"].chunk(3), strict=True)) | {"o": data["grad_out_proj"]}
+    weights = dict(zip("qkv", data["W_qkv"].chunk(3), strict=True)) | {"o": data["W_o"]}
+    corrected = {}
+    for name, gradient in gradients.items():
+        u, sigma, v = subspace.principal_directions(gradient, hyper["r"], data.get(f"M_{name}"))
+        compare(case, f"A_{name}", v)
+        compare(case, f"AB_{name}", v @ torch.diag(sigma) @ u.T)
+        corrected[name] = weights[name] - hyper["scaling"] * (u * sigma) @ v.T
+    compare(case, "W_qkv_corrected", torch.cat([corrected[name] for name in "qkv"]))
+    compare(case, "W_o_corrected", corrected["o"])
+    if "delta_q" in case["expected"]:
+        u, sigma, v = subspace.principal_directions(gradients["q"], hyper["r"], data.get("M_q"))
+        compare(case, "delta_q", hyper["scaling"] * (u * sigma) @ v.T)

@@ -13,7 +13,17 @@ import eblora_hf
 ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
     {"stiefel", "subspace", "metrics", "files", "version"},
-    {"layers", "gradients", "factors", "optimizers", "constraint", "composition", "identity"},
+    {
+        "layers",
+        "gradients",
+        "features",
+        "factors",
+        "optimizers",
+        "step_hooks",
+        "constraint",
+        "composition",
+        "identity",
+    },
     {"config", "methods", "index", "sequence", "hub", "card"},
     {"callback", "publisher", "arguments", "constrained", "one_task", "trainer", "analysis", "benchmark", "cli"},
 ]

@@ -51,37 +51,11 @@ def assert_same_files(a, b):
 # ---- learning a sequence ----
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("method", ["eblora", "ebo", "lora"])
-def test_every_method_learns_a_sequence(tmp_path, kind, method):
-    """Trains each task, publishes stock adapters, and leaves the sum of the tasks on the model."""
-    trainer = make_trainer(tmp_path, kind, tasks=("one", "two", "three"), eblora_config=EBLoRAConfig(method=method))
-    output = trainer.train()
-    assert output.global_step == 18
-    published = PublishedSequence.open(tmp_path)
-    assert published.names == ["one", "two", "three"]
-    base = make_model(kind).eval()
-    inputs = make_text_data(kind, seed=9)[:4]
-    trainer.model.eval()
-    with torch.no_grad():
-        expected = trainer.model(**inputs).logits
-        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-        torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-    assert list(trainer.model.peft_config) == ["default"]
-    # the root is the exact sum of the tasks
-    deltas = {}
-    for task in published.tasks:
-        one = get_stock_deltas(kind, tmp_path / task.folder)
-        assert max(delta.abs().max() for delta in one.values()) > 1e-4  # it trained
-        deltas = {name: deltas.get(name, 0) + delta for name, delta in one.items()}
-    for name, delta in get_stock_deltas(kind, tmp_path).items():
-        torch.testing.assert_close(delta, deltas[name], atol=1e-6, rtol=1e-5)
-
-
 def get_stock_deltas(kind, folder):
+    """ΔW of every layer as plain PEFT sees it, stored like the weight."""
     model = PeftModel.from_pretrained(make_model(kind), folder)
     return {
-        name: module.get_delta_weight("default")
+        name: module.get_delta_weight("default").detach()
         for name, module in model.get_base_model().named_modules()
         if hasattr(module, "get_delta_weight")
     }

@@ -1,14 +1,16 @@
 """What a continual-learning method answers: how a task starts, what constrains its steps, what is remembered of it."""
 
+from typing import Any, Literal
+
 import torch
 
 from ..config import EBLoRAConfig
-from ..constraint import StiefelConstraint
-from ..factors import Factors
 from ..layers import AdaptedLayer
-from ..subspace import BasisExtension
+from ..step_hooks import StepHooks
+from ..subspace import BasisExtension, column_cap, extend_basis
 
 Tensors = dict[str, torch.Tensor]
+Snapshot = Literal["gradients", "features"]
 
 
 class Method:
@@ -19,45 +21,80 @@ class Method:
         config ([`EBLoRAConfig`]): The options.
 
     Attributes:
-        constrained (`bool`): Whether `constrain` attaches a constraint, whose state is then part of a checkpoint.
-        uses_gradients (`bool`): Whether `begin_task` needs the gradient snapshot of the new task.
-        keeps_bases (`bool`): Whether `end_task` needs a snapshot at the trained weights and extends bases.
+        constrained (`bool`): Whether `constrain` attaches hooks, whose state is then part of a checkpoint.
+        orthonormal (`bool`): Whether both factors stay orthonormal: r is then at most the smaller side of a weight,
+            and weight decay means nothing.
+        trains_lora_A (`bool`): Whether lora_A is trained, or frozen where `begin_task` put it.
+        starts_from (`str`, *optional*): The snapshot of the new task that `begin_task` needs: `"gradients"`, the mean
+            gradient G `(d_out, d_in)` of each layer, or `"features"`, a matrix X `(d_in, d_in)` with Xᵀ X the second
+            moment of its inputs.
+        remembers (`str`, *optional*): The snapshot at the trained weights that `end_task` extends bases from.
     """
 
     constrained = False
-    uses_gradients = False
-    keeps_bases = False
+    orthonormal = False
+    trains_lora_A = True
+    starts_from: Snapshot | None = None
+    remembers: Snapshot | None = None
 
     def __init__(self, config: EBLoRAConfig):
         self.config = config
 
-    def begin_task(self, layers: list[AdaptedLayer], gradients: Tensors, bases: Tensors) -> dict[str, Factors]:
+    # ---- how a task starts ----
+
+    def ranks(self, layers: list[AdaptedLayer]) -> dict[str, int]:
+        """The rank of the task's adapter by layer name, for a method that does not leave it to the `LoraConfig`."""
+        return {}
+
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, Any]:
         """
         Initialises the fresh adapter of a task.
 
         Args:
             layers (`list[AdaptedLayer]`): The layers with the fresh adapter, whose B is zero.
-            gradients (`dict[str, torch.Tensor]`): Mean gradients `(d_out, d_in)` by layer; empty if not used.
+            snapshot (`dict[str, torch.Tensor]`): What `starts_from` names, by layer; empty if nothing.
             bases (`dict[str, torch.Tensor]`): Bases `(d_in, p)` of the tasks before by layer; empty before the first.
 
         Returns:
-            `dict[str, Factors]`: The factors that the constraint takes over; empty for an unconstrained method.
+            `dict`: By layer what `constrain` needs; the same on all processes afterwards.
         """
         return {}
+
+    # ---- what constrains its steps ----
 
     def constrain(
         self,
         optimizer: torch.optim.Optimizer,
         layers: list[AdaptedLayer],
-        factors: dict[str, Factors],
+        start: dict[str, Any],
         bases: Tensors,
         num_training_steps: int,
-    ) -> StiefelConstraint | None:
+    ) -> StepHooks | None:
         """
-        Attaches what keeps the optimizer's steps on the manifold, for a task of so many steps. `None` for nothing.
+        Attaches what acts around the optimizer's steps, for a task of so many of them. `None` for nothing.
         """
         return None
 
-    def end_task(self, layers: list[AdaptedLayer], gradients: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
-        """What the task adds to the basis of each layer, from the gradients at the trained weights."""
+    def resume(self, layers: list[AdaptedLayer], state: Tensors) -> dict[str, Any]:
+        """What `begin_task` had returned, from the state of the hooks in a checkpoint."""
         return {}
+
+    # ---- what is remembered of it ----
+
+    def finish_training(self, layers: list[AdaptedLayer]) -> None:
+        """Changes the trained adapter, in place, into what is stored of it."""
+
+    def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
+        """What the task adds to the basis of each layer, from the snapshot that `remembers` names."""
+        return {}
+
+    def extend(self, layer: AdaptedLayer, matrix: torch.Tensor, basis: torch.Tensor | None) -> BasisExtension:
+        """The extension of a layer's basis by GPM's energy rule, within the cap of the configuration."""
+        columns = 0 if basis is None else basis.shape[1]
+        return extend_basis(
+            matrix,
+            basis,
+            threshold=self.config.energy_threshold,
+            max_columns=column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction),
+            name=layer.name,
+        )

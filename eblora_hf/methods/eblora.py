@@ -2,10 +2,11 @@
 
 import torch
 
+from ..config import EBLoRAConfig
 from ..constraint import StiefelConstraint
-from ..factors import Factors
+from ..factors import Factors, factors_from_state
 from ..layers import AdaptedLayer
-from ..subspace import BasisExtension, column_cap, extend_basis, principal_directions
+from ..subspace import BasisExtension, principal_directions
 from .base import Method, Tensors
 
 # Measured on the embedded benchmark (60 steps): directions move by about 25 in sum over a task, s by about 1.2
@@ -43,13 +44,17 @@ class EBLoRA(Method):
     """
 
     constrained = True
-    uses_gradients = True
-    keeps_bases = True
+    orthonormal = True
+    starts_from = "gradients"
 
-    def begin_task(self, layers: list[AdaptedLayer], gradients: Tensors, bases: Tensors) -> dict[str, Factors]:
+    def __init__(self, config: EBLoRAConfig):
+        super().__init__(config)
+        self.remembers = config.basis_from
+
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, Factors]:
         config, factors = self.config, {}
         for layer in layers:
-            gradient, basis = gradients[layer.name], bases.get(layer.name)
+            gradient, basis = snapshot[layer.name], bases.get(layer.name)
             u, _, v = principal_directions(gradient, layer.rank, basis, name=layer.name)
             num_layers = config.num_layers or layer.num_blocks
             s = initial_scale(layer.depth, num_layers, config.init_scale_alpha, config.init_scale_beta)
@@ -60,7 +65,7 @@ class EBLoRA(Method):
         self,
         optimizer: torch.optim.Optimizer,
         layers: list[AdaptedLayer],
-        factors: dict[str, Factors],
+        start: dict[str, Factors],
         bases: Tensors,
         num_training_steps: int,
     ) -> StiefelConstraint:
@@ -73,7 +78,7 @@ class EBLoRA(Method):
         return StiefelConstraint(
             optimizer,
             layers,
-            factors,
+            start,
             bases,
             direction_lr=direction_lr,
             scale_lr=scale_lr,
@@ -83,16 +88,8 @@ class EBLoRA(Method):
             scale_weight_decay=config.scale_weight_decay,
         )
 
-    def end_task(self, layers: list[AdaptedLayer], gradients: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
-        extensions = {}
-        for layer in layers:
-            basis = bases.get(layer.name)
-            columns = 0 if basis is None else basis.shape[1]
-            extensions[layer.name] = extend_basis(
-                gradients[layer.name],
-                basis,
-                threshold=self.config.energy_threshold,
-                max_columns=column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction),
-                name=layer.name,
-            )
-        return extensions
+    def resume(self, layers: list[AdaptedLayer], state: Tensors) -> dict[str, Factors]:
+        return factors_from_state(state, layers)
+
+    def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
+        return {layer.name: self.extend(layer, snapshot[layer.name], bases.get(layer.name)) for layer in layers}

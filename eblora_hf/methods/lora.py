@@ -2,7 +2,6 @@
 
 import torch
 
-from ..factors import Factors
 from ..layers import AdaptedLayer
 from .base import Method, Tensors
 
@@ -13,7 +12,7 @@ class SequentialLoRA(Method):
     trains.
     """
 
-    def begin_task(self, layers: list[AdaptedLayer], gradients: Tensors, bases: Tensors) -> dict[str, Factors]:
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict:
         for layer in layers:
             torch.nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
             torch.nn.init.zeros_(layer.lora_B)
