@@ -1,5 +1,6 @@
 """The `eblora` command."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -40,26 +41,93 @@ def demo(
     Trains a small vision transformer on real digits and then six image transformations in sequence. Offline, on the
     CPU, a few minutes. Writes results.json and accuracy_matrices.png.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        typer.echo(f"The demo needs {error.name}: pip install 'eblora-hf[demo]'", err=True)
-        raise typer.Exit(1) from error
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write to {output}: {error}", param_hint="--output") from error
+    _check_extra()
+    _check_writable(output)
     typer.echo("Loading torch and transformers…")
     from .benchmark import demo as benchmark
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = _names(methods)
     unknown = [name for name in names if name not in benchmark.METHODS]
     if unknown or not names or len(set(names)) < len(names):
         raise typer.BadParameter(
             f"got {methods!r}, expected different names out of {', '.join(benchmark.METHODS)}", param_hint="--methods"
         )
     benchmark.run(seed, names, output)
+
+
+@app.command()
+def benchmark(
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated methods.")
+    ] = "frozen,lora,olora,osf,ebo,inflora,keeplora,eblora,joint",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, or a range such as 0-4.")] = "0-4",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated image transformations in the order they are learnt: rotate-<degrees>, invert, "
+            "invert-left, invert-top, shear, shear-left, edges, swap-columns, swap-rows, grid, dots, noise, permute, "
+            "dim, flip-horizontal, flip-vertical, transpose, zoom-in, zoom-out, upright."
+        ),
+    ] = "rotate-60,invert-left,shear,edges,swap-columns,grid",
+    rank: Annotated[int, typer.Option(min=1, max=16, help="LoRA rank of each task.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder for results, tables and plots.")] = Path("eblora-benchmark"),
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Tune every method on the validation split of seeds 100 and 101 first.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Parallel processes; by default one per core.")] = (
+        os.cpu_count() or 1
+    ),
+) -> None:
+    """
+    Compare continual-learning methods on handwritten digits, over several seeds.
+
+    Runs in parallel, offline, on the CPU. Writes one line per method and seed to results.jsonl, and a summary and
+    plots beside it. Started again, it makes only the runs that are missing.
+    """
+    _check_extra()
+    _check_writable(output)
+    typer.echo("Loading torch and transformers…")
+    from .benchmark import benchmark as comparison
+
+    try:
+        comparison.check(_names(methods), _names(tasks))
+        numbers = _seeds(seeds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    comparison.run(_names(methods), numbers, _names(tasks), rank, output, tuned_here=tune, workers=workers)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    """Seeds from "0,1,2" or "0-4"."""
+    seeds = []
+    for part in _names(text):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"seeds {text!r}: expected numbers and ranges such as 0,1,2 or 0-4.")
+        seeds += range(int(first), int(last or first) + 1)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {text!r}: expected at least one, and none of them twice.")
+    return seeds
+
+
+def _check_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        typer.echo(f"This command needs {error.name}: pip install 'eblora-hf[demo]'", err=True)
+        raise typer.Exit(1) from error
+
+
+def _check_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {output}: {error}", param_hint="--output") from error

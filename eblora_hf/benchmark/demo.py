@@ -5,9 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .digits import PRETRAINING_STEPS, TASKS, load_digits, pretrain, steady_cpu
+from .digits import PRETRAINING_STEPS, load_digits, pretrain, steady_cpu
+from .plots import plot_matrices
 from .protocol import METHODS, STEPS_PER_TASK, MethodResult, run_method
-from .report import plot_matrices, print_tables, save_results
+from .report import print_tables, save_results
+from .transformations import PROTOCOL_TASKS
 
 __all__ = ["METHODS", "run"]
 
@@ -31,12 +33,14 @@ def run(seed: int, methods: list[str], output: Path) -> dict[str, MethodResult]:
         bar = progress.add_task("pre-training on upright digits", total=PRETRAINING_STEPS)
         model = pretrain(seed, splits["train"], lambda: progress.advance(bar))
         for method in methods:
-            total = 1 if method == "frozen" else STEPS_PER_TASK * len(TASKS)
-            bar = progress.add_task(f"{method}: {len(TASKS)} tasks", total=total)
+            total = 1 if method == "frozen" else STEPS_PER_TASK * len(PROTOCOL_TASKS)
+            bar = progress.add_task(f"{method}: {len(PROTOCOL_TASKS)} tasks", total=total)
             results[method] = run_method(method, model, splits, seed, advance=lambda bar=bar: progress.advance(bar))
             progress.update(bar, completed=total)
-    print_tables(console, results)
+    print_tables(console, results, PROTOCOL_TASKS)
     save_results(results, seed, output / "results.json")
-    plot_matrices(results, output / "accuracy_matrices.png")
+    matrices = {method: result.accuracy_matrix for method, result in results.items()}
+    titles = {method: f"MFN {result.MFN:.1f}, BWT {result.BWT:.1f}" for method, result in results.items()}
+    plot_matrices(matrices, titles, PROTOCOL_TASKS, output / "accuracy_matrices.png")
     console.print(f"Written: {output / 'results.json'} and {output / 'accuracy_matrices.png'}")
     return results

@@ -1,4 +1,4 @@
-"""Data and base model of the embedded benchmark: scikit-learn's digits, six image transformations, a small ViT."""
+"""Data and base model of the embedded benchmark: scikit-learn's digits and a small ViT."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 from torch.utils.data import TensorDataset
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup, set_seed
+
+from .transformations import Transformation, warp
 
 SPLITS = {"train": 900, "validation": 360, "test": 537}
 PRETRAINING_STEPS = 800
@@ -21,7 +22,7 @@ class Digits:
     images: torch.Tensor
     labels: torch.Tensor
 
-    def transformed(self, transform: Callable[[torch.Tensor], torch.Tensor]) -> "DigitsDataset":
+    def transformed(self, transform: Transformation) -> "DigitsDataset":
         return DigitsDataset(transform(self.images), self.labels)
 
 
@@ -52,64 +53,6 @@ def load_digits(seed: int) -> dict[str, Digits]:
         splits[name] = Digits(images[chosen], labels[chosen])
         start += size
     return splits
-
-
-# ---- tasks ----
-
-
-def warp(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """
-    Samples images at affinely transformed positions; outside is background. `matrices` is `(2, 3)` or `(n, 2, 3)`.
-    """
-    matrices = matrices.to(images.dtype).expand(len(images), 2, 3)
-    grid = functional.affine_grid(matrices, list(images.shape), align_corners=False)
-    return functional.grid_sample(images + 1.0, grid, align_corners=False) - 1.0
-
-
-def rotate(images: torch.Tensor, degrees: float = 60.0) -> torch.Tensor:
-    angle = np.deg2rad(degrees)
-    return warp(images, torch.tensor([[np.cos(angle), -np.sin(angle), 0.0], [np.sin(angle), np.cos(angle), 0.0]]))
-
-
-def shear(images: torch.Tensor, amount: float = 0.6) -> torch.Tensor:
-    return warp(images, torch.tensor([[1.0, amount, 0.0], [0.0, 1.0, 0.0]]))
-
-
-def invert_left_half(images: torch.Tensor) -> torch.Tensor:
-    images = images.clone()
-    images[..., : images.shape[-1] // 2] *= -1.0
-    return images
-
-
-def edges(images: torch.Tensor) -> torch.Tensor:
-    """Gradient magnitude, scaled so that each image uses the range [-1, 1]."""
-    dy, dx = torch.gradient(images, dim=(-2, -1))
-    magnitude = (dy**2 + dx**2).sqrt()
-    return 2.0 * magnitude / magnitude.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-6) - 1.0
-
-
-def swap_columns(images: torch.Tensor) -> torch.Tensor:
-    """Swaps each pair of neighbouring columns."""
-    n, channels, height, width = images.shape
-    return images.reshape(n, channels, height, width // 2, 2).flip(-1).reshape(images.shape)
-
-
-def overlay_grid(images: torch.Tensor, level: float = 0.7) -> torch.Tensor:
-    """Draws lines of brightness `level` over every fourth row and column."""
-    images = images.clone()
-    images[..., ::4, :] = level
-    images[..., :, ::4] = level
-    return images
-
-
-TASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "rotate-60": rotate,
-    "invert-left": invert_left_half,
-    "shear": shear,
-    "edges": edges,
-    "swap-columns": swap_columns,
-    "grid": overlay_grid,
-}
 
 
 # ---- the base model ----

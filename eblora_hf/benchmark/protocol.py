@@ -2,13 +2,17 @@
 
 import copy
 import dataclasses
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from peft import LoraConfig
 from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -16,29 +20,28 @@ from ..analysis.spectra import mean_sigma_ratio
 from ..config import EBLoRAConfig
 from ..metrics import continual_metrics
 from ..trainer import ContinualEBLoRATrainer
-from .digits import TASKS, Digits
+from .digits import Digits
+from .transformations import PROTOCOL_TASKS, transformation
 
 STEPS_PER_TASK = 60
-BASE = "upright"  # name of the set that shows how much of the pre-training survives
+RANK = 4
+BASE = "upright digits"  # name of the set that shows how much of the pre-training survives; no task can have it
 
-# Tuned on validation with seeds 100 and 101; EBLoRA runs on its defaults
-SETTINGS: dict[str, dict] = {
-    "lora": {"learning_rate": 5.5e-3},
-    "ebo": {"learning_rate": 5e-3, "direction_lr": 0.2, "scale_lr": 0.01},
-    "eblora": {"learning_rate": 5e-3},
-}
-METHODS = ("frozen", *SETTINGS)
+# per method the grid it is tuned on, as many settings for each, and what that gave
+TUNING: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuning.json").read_text("utf-8"))
+METHODS = ("frozen", *TUNING)
 
 
 @dataclass
 class MethodResult:
     """
-    What one method reached on one seed; accuracies and metrics in percent.
+    What one method reached on one seed; accuracies and metrics in percent, NaN where a metric has no meaning.
 
     Args:
         MFN, MAA, BWT, LA, FWT (`float`): See `eblora_hf.metrics`.
         base (`float`): Accuracy on upright digits at the end.
-        accuracy_matrix (`list[list[float]]`): R[t][i], accuracy on task i after learning task t.
+        accuracy_matrix (`list[list[float]]`): R[t][i], accuracy on task i after learning task t; a single row for
+            joint training, which learns all tasks at once.
         sigma_ratio (`list[float]`): Mean σ_i/σ_1 of the trained updates; empty for the frozen model.
     """
 
@@ -66,39 +69,54 @@ def run_method(
     splits: dict[str, Digits],
     seed: int,
     *,
-    settings: dict | None = None,
+    settings: dict[str, Any] | None = None,
+    tasks: Sequence[str] = PROTOCOL_TASKS,
+    rank: int = RANK,
+    measured_on: str = "test",
     advance: Callable[[], None] = lambda: None,
 ) -> MethodResult:
     """
-    Learns the six tasks with a method and measures it on the test split.
+    Learns the tasks with a method and measures it.
 
     Args:
         method (`str`): One of `METHODS`.
         base_model (`nn.Module`): The pre-trained model, which is left as it is.
         splits (`dict[str, Digits]`): From [`load_digits`].
         seed (`int`): Seed of the training.
-        settings (`dict`, *optional*): `learning_rate` and options of [`EBLoRAConfig`] instead of the tuned `SETTINGS`.
+        settings (`dict`, *optional*): `learning_rate` and options of [`EBLoRAConfig`] instead of the tuned ones.
+        tasks (`Sequence[str]`): Names of transformations, in the order they are learnt.
+        rank (`int`): LoRA rank of each task.
+        measured_on (`str`): The split to measure on: `"test"`, or `"validation"` while tuning.
         advance (`Callable`): Called after each of the training steps.
 
     Returns:
         [`MethodResult`].
     """
-    train = {name: splits["train"].transformed(transform) for name, transform in TASKS.items()}
-    test = {name: splits["test"].transformed(transform) for name, transform in TASKS.items()}
-    test[BASE] = splits["test"].transformed(lambda images: images)
+    transforms = {name: transformation(name) for name in tasks}
+    train_sets = {name: splits["train"].transformed(transform) for name, transform in transforms.items()}
+    test_sets = {name: splits[measured_on].transformed(transform) for name, transform in transforms.items()}
+    test_sets[BASE] = splits[measured_on].transformed(lambda images: images)
     model = copy.deepcopy(base_model)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with tempfile.TemporaryDirectory() as folder:
+            args = training_arguments(folder, seed)
             if method == "frozen":
-                return _frozen(model, test, _arguments(folder, seed))
-            return _trained(method, settings, model, train, test, _arguments(folder, seed), advance)
+                return _frozen(model, args, test_sets)
+            settings = dict(TUNING[method]["tuned"] if settings is None else settings)
+            args = dataclasses.replace(args, learning_rate=settings.pop("learning_rate"))
+            if method == "joint":
+                args = dataclasses.replace(args, max_steps=args.max_steps * len(tasks))
+                return _joint(model, args, train_sets, test_sets, rank=rank * len(tasks), advance=advance)
+            config = EBLoRAConfig(method=method, **settings)
+            return _continual(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _arguments(folder: str, seed: int) -> TrainingArguments:
+def training_arguments(folder: str, seed: int) -> TrainingArguments:
+    """The arguments of one task's training, but for the learning rate."""
     return TrainingArguments(
         output_dir=folder,
         seed=seed,
@@ -117,32 +135,77 @@ def _arguments(folder: str, seed: int) -> TrainingArguments:
     )
 
 
-def _trained(method, settings, model, train, test, args, advance) -> MethodResult:
-    settings = dict(SETTINGS[method] if settings is None else settings)
-    args = dataclasses.replace(args, learning_rate=settings.pop("learning_rate"))
+def train(
+    model: nn.Module,
+    args: TrainingArguments,
+    train_sets: dict[str, Dataset],
+    test_sets: dict[str, Dataset] | None = None,
+    *,
+    config: EBLoRAConfig,
+    rank: int = RANK,
+    advance: Callable[[], None] = lambda: None,
+) -> ContinualEBLoRATrainer:
+    """
+    Trains a model on tasks, as the protocol adapts it.
+
+    Args:
+        model (`nn.Module`): The pre-trained model; it gets an adapter.
+        args (`TrainingArguments`): From [`training_arguments`].
+        train_sets (`dict[str, Dataset]`): By task name.
+        test_sets (`dict[str, Dataset]`, *optional*): What to measure after each task; it has every task.
+        config ([`EBLoRAConfig`]): Method and options.
+        rank (`int`): LoRA rank of each task.
+        advance (`Callable`): Called after each of the training steps.
+
+    Returns:
+        [`ContinualEBLoRATrainer`]: After training; the sequence is in `args.output_dir`.
+    """
     trainer = ContinualEBLoRATrainer(
         model=model,
         args=args,
-        peft_config=LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", exclude_modules=["classifier"]),
-        eblora_config=EBLoRAConfig(method=method, **settings),
-        train_dataset=train,
-        eval_dataset=test,
+        peft_config=LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", exclude_modules=["classifier"]),
+        eblora_config=config,
+        train_dataset=train_sets,
+        eval_dataset=test_sets,
         compute_metrics=_accuracy,
         callbacks=[_StepProgress(advance)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return trainer
+
+
+def _continual(model, args, train_sets, test_sets, *, config, rank, advance) -> MethodResult:
+    trainer = train(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
     published = trainer.task_callback.sequence
     base = published.tasks[-1].metrics[BASE]
-    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters()))
+    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[:rank])
 
 
-def _frozen(model, test, args) -> MethodResult:
-    trainer = Trainer(model=model, args=args, eval_dataset=test, compute_metrics=_accuracy)
+def _joint(model, args, train_sets, test_sets, *, rank, advance) -> MethodResult:
+    """One LoRA of the rank of all tasks together, on the data of all tasks together: the upper bound."""
+    together = {"joint": ConcatDataset(train_sets.values())}
+    measured_sets = test_sets | {"joint": test_sets[BASE]}  # every task of a sequence has an evaluation set
+    config = EBLoRAConfig(method="lora")
+    trainer = train(model, args, together, measured_sets, config=config, rank=rank, advance=advance)
+    published = trainer.task_callback.sequence
+    measured = published.tasks[-1].metrics
+    row = [100.0 * measured[name] for name in train_sets]
+    return MethodResult(
+        MFN=float(np.mean(row)),
+        **dict.fromkeys(("MAA", "BWT", "LA", "FWT"), float("nan")),
+        base=100.0 * measured[BASE],
+        accuracy_matrix=[row],
+        sigma_ratio=mean_sigma_ratio(published.adapters())[:rank],
+    )
+
+
+def _frozen(model, args, test_sets) -> MethodResult:
+    trainer = Trainer(model=model, args=args, compute_metrics=_accuracy)
     trainer.remove_callback(PrinterCallback)
-    measured = trainer.evaluate()
-    row = [measured[f"eval_{name}_accuracy"] for name in TASKS]
-    return _result(np.array([row] * len(row)), measured[f"eval_{BASE}_accuracy"], [])
+    measured = {name: trainer.evaluate(dataset)["eval_accuracy"] for name, dataset in test_sets.items()}
+    base = measured.pop(BASE)
+    return _result(np.array([list(measured.values())] * len(measured)), base, [])
 
 
 def _result(matrix: np.ndarray, base: float, sigma_ratio: list[float]) -> MethodResult:

@@ -1,21 +1,22 @@
-"""Tables, plot and JSON of benchmark results."""
+"""Tables and JSON of benchmark results."""
 
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import matplotlib.figure
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ..version import __version__
-from .digits import TASKS
 from .protocol import MethodResult
 
-_METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base")
+METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base")
 
 
 def package_versions() -> dict[str, str]:
@@ -24,21 +25,32 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "eblora-hf": __version__, **{name: version(name) for name in names}}
 
 
-def print_tables(console: Console, results: dict[str, MethodResult]) -> None:
-    """Prints the metrics, the accuracy matrix of each method and the spectra of the trained updates."""
-    table = Table(title="Accuracy in percent on the test split", caption="base: upright digits after the last task")
+def as_json(result: MethodResult) -> dict[str, Any]:
+    """A result as JSON has it: a metric that is not defined becomes null."""
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(result).items()
+    }
+
+
+# ---- one seed: the demo ----
+
+
+def print_tables(console: Console, results: dict[str, MethodResult], tasks: Sequence[str]) -> None:
+    """Prints metrics, accuracy matrices and the spectra of the updates."""
+    table = Table(title="Accuracy in percent, test split")
     table.add_column("method")
-    for name in _METRICS:
+    for name in METRICS:
         table.add_column(name, justify="right")
     for method, result in results.items():
-        table.add_row(method, *(f"{getattr(result, name):.1f}" for name in _METRICS))
+        table.add_row(method, *(f"{getattr(result, name):.1f}" for name in METRICS))
     console.print(table)
     for method, result in results.items():
         table = Table(title=f"{method}: accuracy after (row) on (column)")
         table.add_column("after")
-        for name in TASKS:
+        for name in tasks:
             table.add_column(name, justify="right")
-        for name, row in zip(TASKS, result.accuracy_matrix, strict=True):
+        names = tasks if len(result.accuracy_matrix) > 1 else ["all"]
+        for name, row in zip(names, result.accuracy_matrix, strict=True):
             table.add_row(name, *(f"{value:.1f}" for value in row))
         console.print(table)
     table = Table(title="Spectra of the trained updates: mean σᵢ/σ₁ over layers and tasks")
@@ -52,35 +64,84 @@ def print_tables(console: Console, results: dict[str, MethodResult]) -> None:
         console.print(table)
 
 
-def plot_matrices(results: dict[str, MethodResult], path: Path) -> None:
-    """Draws the accuracy matrices of all methods side by side, on one colour scale."""
-    count = len(results)
-    figure = matplotlib.figure.Figure(figsize=(3.6 * count + 0.8, 4.4), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    image = None
-    for axis, (method, result) in zip(axes, results.items(), strict=True):
-        image = axis.imshow(result.accuracy_matrix, vmin=0, vmax=100, cmap="viridis")
-        for t, row in enumerate(result.accuracy_matrix):
-            for i, value in enumerate(row):
-                colour = "black" if value > 60 else "white"
-                axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-        axis.set_title(f"{method}: MFN {result.MFN:.1f}, BWT {result.BWT:.1f}", fontsize=10)
-        axis.set_xticks(range(len(TASKS)), list(TASKS), rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(len(TASKS)), list(TASKS) if axis is axes[0] else [], fontsize=8)
-        axis.set_xlabel("accuracy on")
-    axes[0].set_ylabel("after learning")
-    figure.colorbar(image, ax=axes, label="accuracy in percent", shrink=0.8)
-    figure.savefig(path, dpi=150)
-
-
 def save_results(results: dict[str, MethodResult], seed: int, path: Path) -> None:
-    """Saves results as JSON; a metric that is not defined becomes null."""
-    methods = {
-        method: {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(result).items()
-        }
-        for method, result in results.items()
-    }
+    """Saves the results of one seed as JSON."""
+    methods = {method: as_json(result) for method, result in results.items()}
     content = {"seed": seed, "versions": package_versions(), "methods": methods}
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# ---- many seeds: the benchmark ----
+
+
+def by_method(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each method, in the order of the seeds."""
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    return {
+        method: sorted((line for line in lines if line["method"] == method), key=lambda line: line["seed"])
+        for method in methods
+    }
+
+
+def summary_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Per method its metrics, mean ± standard deviation over the seeds (n - 1 in the denominator)."""
+    return [
+        [method, *(_mean_sd([run[metric] for run in runs]) for metric in METRICS)]
+        for method, runs in by_method(lines).items()
+    ]
+
+
+def paired_rows(lines: list[dict[str, Any]], reference: str) -> list[list[str]]:
+    """Per other method the difference in MFN, reference minus method, seed by seed: mean ± sd, smallest, largest."""
+    methods = by_method(lines)
+    rows = []
+    for method, runs in methods.items():
+        own = {run["seed"]: run["MFN"] for run in runs}
+        differences = [run["MFN"] - own[run["seed"]] for run in methods[reference] if run["seed"] in own]
+        if method != reference and differences:
+            span = f"{min(differences):+.1f} … {max(differences):+.1f}"
+            rows.append([method, _mean_sd(differences, sign="+"), span])
+    return rows
+
+
+def _mean_sd(values: list[float | None], sign: str = "") -> str:
+    if any(value is None for value in values):
+        return ""
+    mean = f"{np.mean(values):{sign}.1f}"
+    return f"{mean}±{np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+
+
+def markdown(lines: list[dict[str, Any]], reference: str) -> str:
+    """The summary as Markdown tables, followed by the settings in use."""
+    seeds = sorted({line["seed"] for line in lines})
+    text = _markdown_table(["method", *METRICS], summary_rows(lines))
+    if reference in by_method(lines):
+        text += "\n" + _markdown_table(
+            [f"MFN of {reference} minus", "mean ± sd", "over the seeds"], paired_rows(lines, reference)
+        )
+    settings = {method: runs[0]["settings"] for method, runs in by_method(lines).items() if runs[0]["settings"]}
+    rows = [[method, ", ".join(f"{k} {v}" for k, v in options.items())] for method, options in settings.items()]
+    text += "\n" + _markdown_table(["method", "settings"], rows)
+    versions = ", ".join(f"{name} {number}" for name, number in lines[0]["versions"].items())
+    tasks = ", ".join(lines[0]["tasks"])
+    return f"{text}\nSeeds {', '.join(map(str, seeds))}; tasks {tasks}; rank {lines[0]['rank']}. {versions}.\n"
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def print_summary(console: Console, lines: list[dict[str, Any]], reference: str) -> None:
+    """Prints the metrics of all methods and the differences from the reference."""
+    tables = [("Accuracy in percent, test split, mean ± sd over the seeds", ["method", *METRICS], summary_rows(lines))]
+    if reference in by_method(lines):
+        header = [f"MFN of {reference} minus", "mean ± sd", "over the seeds"]
+        tables.append(("Paired differences", header, paired_rows(lines, reference)))
+    for title, header, rows in tables:
+        table = Table(title=title)
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

@@ -1,0 +1,176 @@
+"""Many runs of the protocol: in parallel processes, one line of JSON each, and nothing is run twice."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from ..files import tensor_bytes, write
+from .digits import load_digits, new_model, pretrain, steady_cpu
+from .protocol import TUNING, run_method
+from .report import as_json, package_versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """
+    One run of the protocol.
+
+    Args:
+        method (`str`): One of `METHODS`.
+        seed (`int`): Seed of data split, base model and training.
+        tasks (`tuple[str, ...]`): Names of transformations.
+        rank (`int`): LoRA rank of each task.
+        settings (`dict`): Learning rate and options of the method.
+        measured_on (`str`, defaults to `"test"`): The split that is measured.
+    """
+
+    method: str
+    seed: int
+    tasks: tuple[str, ...]
+    rank: int
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    measured_on: str = "test"
+
+    def describe(self) -> dict[str, Any]:
+        """As the first keys of its line."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def tuned_run(method: str, seed: int, tasks: tuple[str, ...], rank: int, tuned: dict[str, dict]) -> Run:
+    """A run on the test split, with the settings that tuning gave a method."""
+    return Run(method, seed, tasks, rank, tuned.get(method) or TUNING.get(method, {}).get("tuned", {}))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """
+    The lines of a results file; a last line that a killed process left half-written is taken off the file.
+
+    Raises:
+        ValueError: if another line is not JSON, or not of a run.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    results = []
+    for number, line in enumerate(lines):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("the line does not end")
+            result = json.loads(line)
+            missing = [field.name for field in dataclasses.fields(Run) if field.name not in result]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} is missing")
+            results.append(result)
+        except (TypeError, ValueError) as error:
+            if number < len(lines) - 1:
+                raise ValueError(
+                    f"Line {number + 1} of {path} is not a result ({error}). Delete the line, or use another folder."
+                ) from error
+            os.truncate(path, sum(len(line) for line in lines[:-1]))
+    return results
+
+
+def run_all(
+    runs: Iterable[Run],
+    path: Path,
+    bases: Path,
+    workers: int,
+    done: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """
+    Makes the runs that `path` does not hold yet, in processes of one thread each, and appends a line per run.
+
+    Args:
+        runs (iterable of [`Run`]): The runs.
+        path (`Path`): The results file.
+        bases (`Path`): Folder for the pre-trained base models, one per seed.
+        workers (`int`): Number of processes.
+        done (`Callable`): Called for each run that is there.
+
+    Returns:
+        `list[dict]`: The lines of these runs, in their order.
+
+    Raises:
+        RuntimeError: if a run failed; those finished before are kept.
+    """
+    runs = list(runs)
+    known = {_key(result): result for result in read_results(path)}
+    missing = [run for run in runs if _key(run.describe()) not in known]
+    for _ in range(len(runs) - len(missing)):
+        done()
+    if missing:
+        # spawned, not forked: torch's threads do not survive a fork
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                seeds = sorted({run.seed for run in missing})
+                for _ in _finished({pool.submit(_pretrain, seed, bases): f"pre-training {seed}" for seed in seeds}):
+                    pass
+                futures = {
+                    pool.submit(_execute, run, bases): f"{run.method}, seed {run.seed}, {run.settings}"
+                    for run in missing
+                }
+                for line in _finished(futures):
+                    with path.open("ab") as file:
+                        file.write(line)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    known[_key(json.loads(line))] = json.loads(line)
+                    done()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [known[_key(run.describe())] for run in runs]
+
+
+def _finished(futures: dict[Future, str]) -> Iterator[Any]:
+    """What futures return, as they finish; an error says which one failed."""
+    for future in as_completed(futures):
+        try:
+            yield future.result()
+        except Exception as error:
+            raise RuntimeError(f"The run «{futures[future]}» failed: {error}") from error
+
+
+def _key(result: dict[str, Any]) -> str:
+    return json.dumps([result[field.name] for field in dataclasses.fields(Run)], sort_keys=True)
+
+
+# ---- in the processes ----
+
+
+def _pretrain(seed: int, bases: Path) -> None:
+    path = _base_path(seed, bases)
+    if not path.is_file():
+        with steady_cpu():
+            model = pretrain(seed, load_digits(seed)["train"])
+        write(path, tensor_bytes(model.state_dict()))
+
+
+def _base_path(seed: int, bases: Path) -> Path:
+    return bases / f"seed-{seed}.safetensors"
+
+
+def _execute(run: Run, bases: Path) -> bytes:
+    """The line of a run."""
+    with steady_cpu():
+        model = new_model()
+        model.load_state_dict(safetensors.torch.load_file(_base_path(run.seed, bases)))
+        result = run_method(
+            run.method,
+            model.eval().requires_grad_(False),
+            load_digits(run.seed),
+            run.seed,
+            settings=run.settings,
+            tasks=run.tasks,
+            rank=run.rank,
+            measured_on=run.measured_on,
+        )
+    line = run.describe() | as_json(result) | {"versions": package_versions()}
+    return (json.dumps(line, allow_nan=False) + "\n").encode()

@@ -1,0 +1,61 @@
+"""Tuning on validation: every method gets the same number of settings, stated in `tuning.json`."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .protocol import TUNING
+from .runs import Run, run_all
+
+TUNING_SEEDS = (100, 101)
+
+
+def grid_of(method: str) -> list[dict[str, Any]]:
+    """All settings that a method is tried with: the product of the values in its grid."""
+    grid = TUNING[method]["grid"]
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def tuning_runs(methods: Sequence[str], tasks: tuple[str, ...], rank: int) -> list[Run]:
+    """The runs that tune some methods, on the validation split."""
+    return [
+        Run(method, seed, tasks, rank, settings, measured_on="validation")
+        for method in methods
+        if method in TUNING  # a frozen model has nothing to tune
+        for settings in grid_of(method)
+        for seed in TUNING_SEEDS
+    ]
+
+
+def tune(
+    methods: Sequence[str],
+    tasks: tuple[str, ...],
+    rank: int,
+    path: Path,
+    bases: Path,
+    workers: int,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, Any]]:
+    """
+    Finds for each method the settings of its grid with the highest mean MFN on the validation split of the tuning
+    seeds; the first of equals.
+
+    Takes the arguments of [`run_all`] for the runs of [`tuning_runs`].
+
+    Returns:
+        `dict[str, dict]`: Settings by method.
+    """
+    results = run_all(tuning_runs(methods, tasks, rank), path, bases, workers, done)
+    best = {}
+    for method in methods:
+        if method not in TUNING:
+            continue
+        scores = {
+            index: np.mean([r["MFN"] for r in results if r["method"] == method and r["settings"] == settings])
+            for index, settings in enumerate(grid_of(method))
+        }
+        best[method] = grid_of(method)[max(scores, key=lambda index: (scores[index], -index))]
+    return best
