@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .analysis.interference import interference_report
+    from .analysis.smoothing import smooth_adapter
     from .callback import TaskSequenceCallback
     from .composition import merge_into_base
     from .config import EBLoRAConfig, Task, TaskSequence
@@ -26,9 +28,11 @@ _MODULE_OF = {
     "TaskSequence": "config",
     "TaskSequenceCallback": "callback",
     "continual_metrics": "metrics",
+    "interference_report": "analysis.interference",
     "load_sequence": "hub",
     "merge_into_base": "composition",
     "push_sequence": "hub",
+    "smooth_adapter": "analysis.smoothing",
 }
 
 __all__ = [
@@ -43,9 +47,11 @@ __all__ = [
     "TaskSequenceCallback",
     "__version__",
     "continual_metrics",
+    "interference_report",
     "load_sequence",
     "merge_into_base",
     "push_sequence",
+    "smooth_adapter",
 ]
 
 

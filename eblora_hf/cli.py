@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .analysis.commands import app as analyze
 from .version import __version__
 
 app = typer.Typer(help="Continual fine-tuning that forgets less.", no_args_is_help=True, add_completion=False)
+app.add_typer(analyze, name="analyze")
 
 
 def _show_version(value: bool) -> None:

@@ -1,15 +1,51 @@
 """Singular spectra of LoRA updates: how evenly the energy of ΔW = B A is spread over its directions."""
 
+from dataclasses import dataclass
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..composition import AdapterState, factors_of
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """
+    The spectrum of one update, or the mean of several.
+
+    Args:
+        sigma_ratio (`list[float]`): σ_i / σ_1; 1, 1, … for a perfectly balanced update.
+        top_energy (`float`): σ_1² / Σ σ_i², the share of the energy in the first direction; 1 / r when balanced.
+        effective_rank (`float`): exp(-Σ p_i ln p_i) with p_i = σ_i / Σ σ_j (Roy and Vetterli 2007, "The effective
+            rank"); r when balanced, 1 for a single direction.
+    """
+
+    sigma_ratio: list[float]
+    top_energy: float
+    effective_rank: float
+
+
+def decompose(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The singular value decomposition of B A from the factors alone, in float64.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A it is that of the r x r matrix R_B R_Aᵀ = P Σ Qᵀ: U = Q_B P and Vᵀ = Qᵀ Q_Aᵀ.
+
+    Args:
+        b (`torch.Tensor` of shape `(d_out, r)`), a (`torch.Tensor` of shape `(r, d_in)`): The factors.
+
+    Returns:
+        `tuple` of U `(d_out, k)`, σ `(k,)` in descending order and Vᵀ `(k, d_in)`, with k = min(r, d_out, d_in).
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, sigma, vt @ q_a.T
+
+
 def singular_values(adapter: AdapterState) -> dict[str, torch.Tensor]:
     """
-    The r singular values of each layer's update, from the factors alone.
-
-    With B = Q_B R_B and Aᵀ = Q_A R_A, those of B A are those of the r x r matrix R_B R_Aᵀ.
+    The r singular values of each layer's update.
 
     Args:
         adapter (`dict[str, torch.Tensor]`): A folded adapter by PEFT's file names.
@@ -17,12 +53,28 @@ def singular_values(adapter: AdapterState) -> dict[str, torch.Tensor]:
     Returns:
         `dict[str, torch.Tensor]`: By layer name, `(r,)` in float64, descending.
     """
-    spectra, lora_a = {}, factors_of(adapter, "lora_A")
-    for name, b in factors_of(adapter, "lora_B").items():
-        r_b = torch.linalg.qr(b.double(), mode="r")[1]
-        r_a = torch.linalg.qr(lora_a[name].double().T, mode="r")[1]
-        spectra[name] = torch.linalg.svdvals(r_b @ r_a.T)
-    return spectra
+    lora_a = factors_of(adapter, "lora_A")
+    return {name: decompose(b, lora_a[name])[1] for name, b in factors_of(adapter, "lora_B").items()}
+
+
+def summarise(spectra: list[torch.Tensor]) -> Spectrum:
+    """
+    Averages the spectra of some layers. A layer without an update does not count, and where ranks differ, σ_i / σ_1
+    is the mean over the layers that have an i-th direction.
+
+    Args:
+        spectra (`list[torch.Tensor]`): Singular values of each layer, `(r,)`, descending.
+
+    Raises:
+        ValueError: if no layer has an update.
+    """
+    spectra = [sigma for sigma in spectra if sigma[0] > 0]
+    if not spectra:
+        raise ValueError("None of the adapters holds an update: every lora_B is zero.")
+    ratios = pad_sequence([sigma / sigma[0] for sigma in spectra], batch_first=True, padding_value=torch.nan)
+    energies = torch.stack([sigma[0].square() / sigma.square().sum() for sigma in spectra])
+    entropies = torch.stack([torch.special.entr(sigma / sigma.sum()).sum() for sigma in spectra])
+    return Spectrum(ratios.nanmean(dim=0).tolist(), energies.mean().item(), entropies.exp().mean().item())
 
 
 def mean_sigma_ratio(adapters: list[AdapterState]) -> list[float]:
@@ -32,7 +84,4 @@ def mean_sigma_ratio(adapters: list[AdapterState]) -> list[float]:
     Raises:
         ValueError: if there is no layer with an update.
     """
-    ratios = [s / s[0] for adapter in adapters for s in singular_values(adapter).values() if s[0] > 0]
-    if not ratios:
-        raise ValueError("None of the adapters holds an update: every lora_B is zero.")
-    return torch.stack(ratios).mean(dim=0).tolist()
+    return summarise([sigma for adapter in adapters for sigma in singular_values(adapter).values()]).sigma_ratio

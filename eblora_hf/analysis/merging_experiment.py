@@ -1,0 +1,176 @@
+"""
+Does balancing the spectra of independently trained adapters help to merge them? The experiment of arXiv 2602.00722 on
+the embedded benchmark.
+"""
+
+import copy
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
+from transformers.utils import logging
+
+from ..benchmark.digits import TASKS, Digits, DigitsDataset, load_digits, pretrain, steady_cpu
+from ..benchmark.protocol import SETTINGS, STEPS_PER_TASK
+from ..composition import AdapterState, factors_of
+from ..config import EBLoRAConfig
+from ..trainer import ContinualEBLoRATrainer
+from .merging import merge_adapters
+
+VARIANTS = {"raw": "none", "equal sum": "sum", "equal Frobenius": "frobenius"}  # as `smooth` of merge_adapters
+_MEASURED = ("nai", "tuned_weight", "tuned_nai")
+WEIGHTS = [round(0.1 * step, 1) for step in range(1, 16)]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """
+    How good one merge is. NAI, the normalised accuracy index, is the mean over the merged tasks of the merged model's
+    accuracy over that of the task's own adapter, in percent, on the test split.
+
+    Args:
+        seed (`int`): Seed of data, base model and training.
+        count (`int`): Number n of adapters merged, the first n tasks of the benchmark.
+        variant (`str`): One of `VARIANTS`.
+        nai (`float`): At weight 1.
+        tuned_weight (`float`): The weight out of `WEIGHTS` of the highest NAI on the validation split.
+        tuned_nai (`float`): At that weight.
+    """
+
+    seed: int
+    count: int
+    variant: str
+    nai: float
+    tuned_weight: float
+    tuned_nai: float
+
+
+def run_seed(seed: int, counts: list[int], progress: Callable[[str], None] = lambda message: None) -> list[Merge]:
+    """
+    Trains one LoRA per task, each from the base model, and merges the first n of them in every variant.
+
+    Args:
+        seed (`int`): Seed of data split, base model and training.
+        counts (`list[int]`): Numbers n of adapters to merge, between 1 and the number of tasks.
+        progress (`Callable`): Called with what is done next.
+
+    Returns:
+        `list[Merge]`: By count and variant.
+    """
+    with steady_cpu():
+        progress(f"seed {seed}: pre-training")
+        splits = load_digits(seed)
+        base = pretrain(seed, splits["train"])
+        names = list(TASKS)[: max(counts)]
+        adapters = []
+        for index, name in enumerate(names):
+            progress(f"seed {seed}: training {name}")
+            data = splits["train"].transformed(TASKS[name])
+            adapters.append(_train(base, data, name, seed + index))  # initialised apart from each other
+        progress(f"seed {seed}: merging")
+        measures = {
+            split: _NormalisedAccuracy(base, splits[split], dict(zip(names, adapters, strict=True)))
+            for split in ("validation", "test")
+        }
+        return [_merge(measures, adapters[:count], seed, variant) for count in counts for variant in VARIANTS]
+
+
+@dataclass(frozen=True)
+class MeanAndDeviation:
+    """Mean over seeds, and the standard deviation of a sample (n - 1); `None` for a single seed."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+def over_seeds(merges: list[Merge]) -> dict[tuple[int, str], dict[str, MeanAndDeviation]]:
+    """`nai`, `tuned_nai` and `tuned_weight` over all seeds, by count and variant."""
+    groups: dict[tuple[int, str], list[Merge]] = {}
+    for merge in merges:
+        groups.setdefault((merge.count, merge.variant), []).append(merge)
+    return {
+        key: {field: _over_seeds([getattr(merge, field) for merge in group]) for field in _MEASURED}
+        for key, group in groups.items()
+    }
+
+
+def _over_seeds(values: list[float]) -> MeanAndDeviation:
+    return MeanAndDeviation(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+class _NormalisedAccuracy:
+    """The normalised accuracy index on one split."""
+
+    def __init__(self, base: nn.Module, split: Digits, adapters: dict[str, AdapterState]):
+        self.base = base
+        self.data = {name: split.transformed(TASKS[name]) for name in adapters}
+        self.own = {name: self._accuracy(name, _deltas(adapter), 1.0) for name, adapter in adapters.items()}
+
+    def __call__(self, deltas: dict[str, torch.Tensor], weight: float, count: int) -> float:
+        names = list(self.own)[:count]
+        return 100.0 * statistics.mean(self._accuracy(name, deltas, weight) / self.own[name] for name in names)
+
+    @torch.no_grad()
+    def _accuracy(self, name: str, deltas: dict[str, torch.Tensor], weight: float) -> float:
+        images, labels = self.data[name].tensors
+        weights = {
+            f"{layer}.weight": self.base.get_submodule(layer).weight + weight * deltas[layer] for layer in deltas
+        }
+        logits = torch.func.functional_call(self.base, weights, kwargs={"pixel_values": images}).logits
+        return (logits.argmax(-1) == labels).double().mean().item()
+
+
+def _deltas(adapter: AdapterState) -> dict[str, torch.Tensor]:
+    lora_a = factors_of(adapter, "lora_A")
+    return {name: b @ lora_a[name] for name, b in factors_of(adapter, "lora_B").items()}
+
+
+def _merge(measures: dict[str, _NormalisedAccuracy], adapters: list[AdapterState], seed: int, variant: str) -> Merge:
+    deltas, count = _deltas(merge_adapters(adapters, smooth=VARIANTS[variant])), len(adapters)
+    tuned = max(WEIGHTS, key=lambda weight: measures["validation"](deltas, weight, count))
+    nai, tuned_nai = (measures["test"](deltas, weight, count) for weight in (1.0, tuned))
+    return Merge(seed, count, variant, nai, tuned, tuned_nai)
+
+
+def _train(base: nn.Module, data: DigitsDataset, name: str, seed: int) -> AdapterState:
+    """The adapter of one task, trained as the benchmark's sequential LoRA trains its first."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = ContinualEBLoRATrainer(
+                model=copy.deepcopy(base),
+                args=TrainingArguments(
+                    output_dir=folder,
+                    seed=seed,
+                    max_steps=STEPS_PER_TASK,
+                    per_device_train_batch_size=32,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=0.03,
+                    weight_decay=0.0,
+                    save_strategy="no",
+                    logging_strategy="no",
+                    report_to=[],
+                    disable_tqdm=True,
+                    use_cpu=True,
+                    dataloader_pin_memory=False,
+                    **SETTINGS["lora"],
+                ),
+                peft_config=LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", exclude_modules=["classifier"]),
+                eblora_config=EBLoRAConfig(method="lora"),
+                train_dataset=data,
+                task_name=name,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            return trainer.task_callback.sequence.adapters()[0]
+    finally:
+        logging.set_verbosity(verbosity)
