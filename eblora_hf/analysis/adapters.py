@@ -158,6 +158,8 @@ def _folded(state: AdapterState, config: LoraConfig, source: str | Path) -> Adap
                 f"{source}: {name} has factors B {tuple(b.shape)} and A {tuple(a.shape)}, expected (d_out, {rank}) "
                 f"and ({rank}, d_in): {rank} is its rank by {ADAPTER_CONFIG}."
             )
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{source}: the factors of {name} are not finite (inf or NaN).")
         scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
         folded[factor_key(name, "lora_A")] = in_full(a)
         folded[factor_key(name, "lora_B")] = in_full(b) * scaling

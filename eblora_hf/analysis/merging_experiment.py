@@ -74,7 +74,7 @@ def run_seed(seed: int, counts: list[int], progress: Callable[[str], None] = lam
             adapters.append(_train(base, data, name, seed + index))  # initialised apart from each other
         progress(f"seed {seed}: merging")
         measures = {
-            split: _NormalisedAccuracy(base, splits[split], dict(zip(names, adapters, strict=True)))
+            split: NormalisedAccuracy(base, splits[split], dict(zip(names, adapters, strict=True)))
             for split in ("validation", "test")
         }
         return [_merge(measures, adapters[:count], seed, variant) for count in counts for variant in VARIANTS]
@@ -106,13 +106,13 @@ def _over_seeds(values: list[float]) -> MeanAndDeviation:
     return MeanAndDeviation(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-class _NormalisedAccuracy:
+class NormalisedAccuracy:
     """The normalised accuracy index on one split."""
 
     def __init__(self, base: nn.Module, split: Digits, adapters: dict[str, AdapterState]):
         self.base = base
         self.data = {name: split.transformed(TASKS[name]) for name in adapters}
-        self.own = {name: self._accuracy(name, _deltas(adapter), 1.0) for name, adapter in adapters.items()}
+        self.own = {name: self._accuracy(name, updates_of(adapter), 1.0) for name, adapter in adapters.items()}
 
     def __call__(self, deltas: dict[str, torch.Tensor], weight: float, count: int) -> float:
         names = list(self.own)[:count]
@@ -128,13 +128,13 @@ class _NormalisedAccuracy:
         return (logits.argmax(-1) == labels).double().mean().item()
 
 
-def _deltas(adapter: AdapterState) -> dict[str, torch.Tensor]:
+def updates_of(adapter: AdapterState) -> dict[str, torch.Tensor]:
     lora_a = factors_of(adapter, "lora_A")
     return {name: b @ lora_a[name] for name, b in factors_of(adapter, "lora_B").items()}
 
 
-def _merge(measures: dict[str, _NormalisedAccuracy], adapters: list[AdapterState], seed: int, variant: str) -> Merge:
-    deltas, count = _deltas(merge_adapters(adapters, smooth=VARIANTS[variant])), len(adapters)
+def _merge(measures: dict[str, NormalisedAccuracy], adapters: list[AdapterState], seed: int, variant: str) -> Merge:
+    deltas, count = updates_of(merge_adapters(adapters, smooth=VARIANTS[variant])), len(adapters)
     tuned = max(WEIGHTS, key=lambda weight: measures["validation"](deltas, weight, count))
     nai, tuned_nai = (measures["test"](deltas, weight, count) for weight in (1.0, tuned))
     return Merge(seed, count, variant, nai, tuned, tuned_nai)

@@ -1,11 +1,14 @@
 """Plots of spectra and of the merging experiment."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.figure
 
-from .merging_experiment import VARIANTS, MeanAndDeviation
 from .spectra import Spectrum
+
+if TYPE_CHECKING:  # a plot of spectra needs no trainer
+    from .merging_experiment import MeanAndDeviation
 
 
 def plot_spectra(spectra: dict[str, Spectrum], path: Path) -> None:
@@ -22,14 +25,14 @@ def plot_spectra(spectra: dict[str, Spectrum], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_merging(table: dict[tuple[int, str], dict[str, MeanAndDeviation]], path: Path) -> None:
+def plot_merging(table: dict[tuple[int, str], dict[str, "MeanAndDeviation"]], path: Path) -> None:
     """Draws the normalised accuracy index by number of adapters and variant: at weight 1, and with tuned weight."""
     figure = matplotlib.figure.Figure(figsize=(8.4, 3.8), layout="constrained")
-    counts = list(dict.fromkeys(count for count, _ in table))
+    counts, variants = (list(dict.fromkeys(key)) for key in zip(*table, strict=True))
     titles = {"nai": "weight 1", "tuned_nai": "weight tuned on validation"}
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for offset, variant in enumerate(VARIANTS, start=-1):
+        for offset, variant in enumerate(variants, start=-1):
             values = [table[count, variant][key] for count in counts]
             axis.bar(
                 [position + 0.27 * offset for position in range(len(counts))],
