@@ -68,7 +68,10 @@ def read_adapter(source: str | Path) -> Adapter:
     folder, pickled = _fetch(str(source))
     if not (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{source} holds no adapter: there is no {ADAPTER_CONFIG} in it.")
-    kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    try:
+        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{source}: {ADAPTER_CONFIG} is not a readable configuration ({error}).") from error
     if kind != "LORA":
         raise ValueError(f"{source} is a {kind} adapter, expected LORA: only LoRA has the update ΔW = γ B A.")
     config = LoraConfig.from_pretrained(folder)
@@ -80,7 +83,10 @@ def read_adapter(source: str | Path) -> Adapter:
         )
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{source} has a configuration but no weights: there is no {ADAPTER} in it.")
-    state = safetensors.torch.load_file(folder / ADAPTER)
+    try:
+        state = safetensors.torch.load_file(folder / ADAPTER)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{source}: {ADAPTER} is damaged ({error}).") from error
     return Adapter(str(source), config, _folded(state, config, source))
 
 

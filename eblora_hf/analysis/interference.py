@@ -59,7 +59,7 @@ def interference(gradients: dict[str, torch.Tensor], bases: dict[str, torch.Tens
         if basis.ndim != 2 or basis.shape[0] != gradient.shape[1]:
             raise ValueError(f"{name}: expected a basis ({gradient.shape[1]}, p), got shape {tuple(basis.shape)}.")
         share = ((gradient @ basis).square().sum() / gradient.square().sum()).item()
-        rows.append(LayerInterference(name, *basis.shape, share))
+        rows.append(LayerInterference(name, *basis.shape, min(share, 1.0)))  # F is orthonormal to its rounding only
     return rows
 
 

@@ -23,7 +23,6 @@ from ..trainer import ContinualEBLoRATrainer
 from .merging import merge_adapters
 
 VARIANTS = {"raw": "none", "equal sum": "sum", "equal Frobenius": "frobenius"}  # as `smooth` of merge_adapters
-_MEASURED = ("nai", "tuned_weight", "tuned_nai")
 WEIGHTS = [round(0.1 * step, 1) for step in range(1, 16)]
 
 
@@ -48,6 +47,17 @@ class Merge:
     nai: float
     tuned_weight: float
     tuned_nai: float
+
+
+@dataclass(frozen=True)
+class MeanAndDeviation:
+    """Mean over seeds, and the standard deviation of a sample (n - 1); `None` for a single seed."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
 
 def run_seed(seed: int, counts: list[int], progress: Callable[[str], None] = lambda message: None) -> list[Merge]:
@@ -80,24 +90,16 @@ def run_seed(seed: int, counts: list[int], progress: Callable[[str], None] = lam
         return [_merge(measures, adapters[:count], seed, variant) for count in counts for variant in VARIANTS]
 
 
-@dataclass(frozen=True)
-class MeanAndDeviation:
-    """Mean over seeds, and the standard deviation of a sample (n - 1); `None` for a single seed."""
-
-    mean: float
-    deviation: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
-
-
 def over_seeds(merges: list[Merge]) -> dict[tuple[int, str], dict[str, MeanAndDeviation]]:
     """`nai`, `tuned_nai` and `tuned_weight` over all seeds, by count and variant."""
     groups: dict[tuple[int, str], list[Merge]] = {}
     for merge in merges:
         groups.setdefault((merge.count, merge.variant), []).append(merge)
     return {
-        key: {field: _over_seeds([getattr(merge, field) for merge in group]) for field in _MEASURED}
+        key: {
+            field: _over_seeds([getattr(merge, field) for merge in group])
+            for field in ("nai", "tuned_weight", "tuned_nai")
+        }
         for key, group in groups.items()
     }
 
@@ -107,7 +109,14 @@ def _over_seeds(values: list[float]) -> MeanAndDeviation:
 
 
 class NormalisedAccuracy:
-    """The normalised accuracy index on one split."""
+    """
+    The normalised accuracy index on one split.
+
+    Args:
+        base (`nn.Module`): The base model.
+        split ([`Digits`]): Upright digits, which each task transforms.
+        adapters (`dict[str, dict]`): The own adapter of each task, folded, by the task's name.
+    """
 
     def __init__(self, base: nn.Module, split: Digits, adapters: dict[str, AdapterState]):
         self.base = base
@@ -115,6 +124,7 @@ class NormalisedAccuracy:
         self.own = {name: self._accuracy(name, updates_of(adapter), 1.0) for name, adapter in adapters.items()}
 
     def __call__(self, deltas: dict[str, torch.Tensor], weight: float, count: int) -> float:
+        """The index, in percent, of the base model plus `weight` times an update, over the first `count` tasks."""
         names = list(self.own)[:count]
         return 100.0 * statistics.mean(self._accuracy(name, deltas, weight) / self.own[name] for name in names)
 
@@ -129,6 +139,7 @@ class NormalisedAccuracy:
 
 
 def updates_of(adapter: AdapterState) -> dict[str, torch.Tensor]:
+    """ΔW `(d_out, d_in)` by layer name."""
     lora_a = factors_of(adapter, "lora_A")
     return {name: b @ lora_a[name] for name, b in factors_of(adapter, "lora_B").items()}
 
