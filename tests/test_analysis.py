@@ -190,6 +190,9 @@ def test_adapters_come_from_the_hub(tmp_path, monkeypatch):
         assert "has no revision 'v9'" in failure("spectra", "me/adapter@v9")
         assert "nor a repository on the Hub" in failure("spectra", "me/missing")
         assert "holds no adapter" in failure("spectra", "me/adapter:tasks/07-z")
+    unreachable = runner.invoke(app, ["analyze", "spectra", "me/other"])
+    assert unreachable.exit_code == 1
+    assert "me/other is not a folder, and the Hub could not be asked for it" in unreachable.stderr
 
 
 # ---- spectra ----

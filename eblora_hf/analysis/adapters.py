@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from huggingface_hub import file_exists, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
@@ -129,6 +129,8 @@ def _fetch(source: str) -> tuple[Path, bool]:
         raise FileNotFoundError(
             f"{source} is neither a folder nor a repository on the Hub that you can read."
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{source} is not a folder, and the Hub could not be asked for it: {error}") from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision!r} on the Hub.") from error
 

@@ -13,9 +13,9 @@ import typer
 app = typer.Typer(help="Look into trained LoRA adapters and sequences.", no_args_is_help=True)
 
 _SHOWN = 8  # of the σᵢ/σ₁ in a table; the files have all
-_ADAPTER = "A folder with a PEFT LoRA adapter, or user/repo[@revision][:subfolder] on the Hub."
+_ADAPTER = "A folder with a PEFT LoRA adapter, or user/repo, user/repo@revision, user/repo@revision:subfolder."
 
-Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=_ADAPTER)]
+Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help=_ADAPTER)]
 NewFolder = Annotated[Path, typer.Option(help="Folder for the new adapter.")]
 
 
@@ -181,13 +181,13 @@ def merging(
 
 @app.command()
 def interference(
-    sequence: Annotated[str, typer.Argument(help="Folder or user/repo[@revision] of a published sequence.")],
+    sequence: Annotated[str, typer.Argument(help="A published sequence: a folder, user/repo or user/repo@revision.")],
     model: Annotated[str, typer.Option(help="Its base model: a folder or Hub repository.")],
     dataset: Annotated[str, typer.Option(help="The new task's data: a folder or Hub repository.")],
     kind: Annotated[Kind, typer.Option(help="Columns: text and label, image and label, or text.")],
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="LoRA rank of the new task [default: the newest task's].")
+        int | None, typer.Option(min=1, help="LoRA rank of the new task, by default the newest one's.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Share of the data to use.")] = 0.2,
     output: Annotated[Path | None, typer.Option(help="Folder for interference.json.")] = None,
@@ -278,9 +278,9 @@ def _cells(spectrum: Any) -> tuple[str, str, str]:
 
 def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*columns, title=title or None)
+    table = Table(*(Column(name, overflow="fold") for name in columns), title=title or None)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
