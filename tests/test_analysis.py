@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast, ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -274,6 +274,16 @@ def test_smoothed_adapters_on_stock_peft(tmp_path, equal, config):
     torch.testing.assert_close(logits(loaded), logits(with_updates(expected)), atol=1e-5, rtol=1e-5)
 
 
+def test_smoothing_the_adapter_of_a_model_in_place(tmp_path):
+    """Without folding: γ scales every singular value alike."""
+    model = published(tmp_path, task_type="SEQ_CLS", **CONFIGS[1])
+    before = deltas(model)
+    load_adapter(model, "default", smooth_adapter(get_peft_model_state_dict(model)))
+    for name, delta in deltas(model).items():
+        sigma = torch.linalg.svdvals(delta)[:4]
+        torch.testing.assert_close(sigma, torch.linalg.svdvals(before[name])[:4].mean().expand(4), atol=0, rtol=1e-5)
+
+
 def test_smoothing_uses_the_directions_that_an_update_has():
     u, v = orthonormal(20, 4, 1), orthonormal(12, 4, 2)
     prefix = "base_model.model.x"
@@ -477,12 +487,12 @@ def test_interference_against_the_formula():
         interference({"x": 0 * gradient}, {"x": basis})
 
 
-def new_trainer(folder, model, data, sequence=None, **config):
+def new_trainer(folder, model, data, sequence=None, snapshot_fraction=1.0, **config):
     return ContinualEBLoRATrainer(
         model=model,
         args=make_arguments(folder),
         peft_config=lora(**config),
-        eblora_config=EBLoRAConfig(snapshot_fraction=1.0),
+        eblora_config=EBLoRAConfig(snapshot_fraction=snapshot_fraction),
         train_dataset=data,
         sequence=sequence,
         task_name=None if isinstance(data, dict) else "new",
@@ -526,7 +536,7 @@ def test_the_report_is_of_the_gradient_that_training_starts_from(sequence, tmp_p
     reports, snapshots = [], []
     data = make_text_data("bert", seed=7)
     for _ in range(2):
-        trainer = new_trainer(tmp_path / "out", make_model("bert"), data, sequence, task_type="SEQ_CLS")
+        trainer = new_trainer(tmp_path / "out", make_model("bert"), data, sequence, 0.3, task_type="SEQ_CLS")
         reports.append(interference_report(trainer))
     assert reports[0] == reports[1]
     assert max(row.share for row in reports[0]) < 0.999

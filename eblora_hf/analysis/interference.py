@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..composition import EARLIER_TASKS, activate, concatenate, heads_of, put_earlier_tasks, with_heads
+from ..composition import EARLIER_TASKS, concatenate, heads_of, put_earlier_tasks, with_heads
 from ..hub import fetch_sequence
 from ..sequence import PublishedSequence
 from ..subspace import check_gradient
@@ -117,5 +117,4 @@ def interference_report(trainer: ContinualMixin) -> list[LayerInterference]:
             gradients = trainer.snapshot(trainer.tasks.tasks[0].train_dataset, seed)
         finally:
             trainer.model.delete_adapter(EARLIER_TASKS)
-            activate(trainer.model, trainer.adapter)
     return interference(gradients, bases)
