@@ -1,0 +1,413 @@
+"""What the `run_*.py` scripts share: their arguments, the task file, labels, answers in a text, and the run itself."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import yaml
+from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from peft import LoraConfig
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, Task, TaskSequence
+
+READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SOURCE = ("dataset", "config", "splits", "data_files", "columns")
+OVERRIDES = ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr")
+IGNORED = -100  # label of a token that the loss leaves out
+
+
+# ---- arguments ----
+
+
+@dataclass
+class ModelArguments:
+    """The base model and its LoRA adapter."""
+
+    model_name_or_path: str = field(metadata={"help": "The base model: a folder, or an id on the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: str = field(default="auto", metadata={"help": "Of its weights: 'auto' (as saved), 'float32', 'bfloat16'…"})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the update of a task."})
+    lora_alpha: int = field(default=32, metadata={"help": "PEFT scales the update by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the adapter."})
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={"help": "'all-linear', or a regular expression that the whole name of a layer has to match."},
+    )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """For `from_pretrained` of the model."""
+        return {"revision": self.model_revision, "dtype": self.dtype}
+
+    def lora_config(self, **extra) -> LoraConfig:
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            **extra,
+        )
+
+
+@dataclass
+class DataArguments:
+    """The tasks in the order they are learnt."""
+
+    tasks: str = field(
+        metadata={"help": "YAML or JSON file that lists the tasks; in a configuration file, the list itself."}
+    )
+    data_dir: str = field(default=".", metadata={"help": "Folder that the paths in the list of tasks start from."})
+    sequence: Optional[str] = field(  # noqa: UP045 - HfArgumentParser needs it on Python 3.10
+        default=None,
+        metadata={"help": "Published sequence to continue: a folder, 'user/repo' or 'user/repo@revision'."},
+    )
+
+
+@dataclass
+class LabelArguments(DataArguments):
+    """The tasks, and the labels of the head they share."""
+
+    labels: Optional[list[str]] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "All labels the head is for; by default those in the tasks' training sets. Name them when later "
+            "runs will bring tasks with further labels."
+        },
+    )
+
+
+def parse_arguments(model_arguments: type = ModelArguments, data_arguments: type = DataArguments) -> tuple:
+    """
+    Reads the command line: flags, or the path of one `.yaml` or `.json` file with the same names; and sets the seed.
+
+    Returns:
+        `tuple`: The model's arguments, the data's, `TrainingArguments` and [`EBLoRAConfig`].
+    """
+    parser = HfArgumentParser((model_arguments, data_arguments, TrainingArguments, EBLoRAConfig))
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml", ".json")):
+        values = _read(Path(sys.argv[1]), "configuration file", dict)
+        for dataclass_type in parser.dataclass_types:
+            for option in dataclasses.fields(dataclass_type):
+                if option.type is float and isinstance(values.get(option.name), str):  # YAML reads 2e-4 as text
+                    values[option.name] = _number(f"{sys.argv[1]}: {option.name}", values[option.name])
+        parsed = parser.parse_dict(values)
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    logging.set_verbosity(parsed[2].get_process_log_level())
+    set_seed(parsed[2].seed)
+    return parsed
+
+
+def _read(path: Path, what: str, kind: type) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"The {what} {str(path)!r} does not exist.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The {what} {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"The {what} {str(path)!r} must hold a {kind.__name__}, got a {type(content).__name__}.")
+    return content
+
+
+def _number(what: str, value: Any, kind: type = float) -> float:
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is {value!r}: expected a number.") from error
+
+
+# ---- tasks ----
+
+
+@dataclass
+class TaskData:
+    """
+    One task with its data sets, whose columns have the names that the script uses.
+
+    Args:
+        task ([`Task`]): Its name and rates, without data.
+        train, validation (`datasets.Dataset`): Its data.
+        options (`dict`): What only one script asks for.
+    """
+
+    task: Task
+    train: Dataset
+    validation: Dataset
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def apply(self, function: Callable[[Dataset, str], Dataset]) -> None:
+        """Replaces both data sets by what a function of the data and the name of the split makes of them."""
+        self.train, self.validation = function(self.train, "train"), function(self.validation, "validation")
+
+
+def as_sequence(tasks: list[TaskData]) -> TaskSequence:
+    """The tasks as the trainer takes them."""
+    return TaskSequence(
+        [dataclasses.replace(data.task, train_dataset=data.train, eval_dataset=data.validation) for data in tasks]
+    )
+
+
+def load_tasks(
+    arguments: DataArguments,
+    forms: list[tuple[str, ...]],
+    optional_columns: Collection[str] = (),
+    options: Collection[str] = (),
+) -> list[TaskData]:
+    """
+    Reads the list of tasks and loads their data. The whole list is checked before anything is loaded.
+
+    Args:
+        arguments (`DataArguments`): Where the list and the data are.
+        forms (`list[tuple[str, ...]]`): Sets of columns; a data set needs all of one of them.
+        optional_columns (collection of `str`): Columns that are kept where they exist.
+        options (collection of `str`): Further keys of a task.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: for an unknown key, a name or number that does not fit, or a missing column.
+    """
+    entries = arguments.tasks
+    if isinstance(entries, str):
+        entries = _read(Path(entries), "task file", list)
+    root = Path(arguments.data_dir)
+    tasks = TaskSequence([_read_task(entry, {"name", *SOURCE, *OVERRIDES, *options}, root) for entry in entries])
+    loaded = []
+    for entry, task in zip(entries, tasks, strict=True):
+        train, validation = (
+            _with_columns(_load(entry, split, root), entry, split, forms, optional_columns)
+            for split in ("train", "validation")
+        )
+        loaded.append(TaskData(task, train, validation, {key: entry[key] for key in options if key in entry}))
+    return loaded
+
+
+def _read_task(entry: Any, known: Collection[str], root: Path) -> Task:
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise ValueError(f"Every task is a mapping with a 'name', got {entry!r}.")
+    name = entry["name"]
+    unknown = sorted(entry.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"The task {name!r} has the key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+        )
+    if ("dataset" in entry) == ("data_files" in entry):
+        raise ValueError(f"The task {name!r} needs either 'dataset' or 'data_files'.")
+    for key in ("data_files", "splits", "columns"):
+        if not isinstance(entry.get(key, {}), dict):
+            raise ValueError(f"{key!r} of the task {name!r} is {entry[key]!r}: expected a mapping.")
+    for split in ("train", "validation") if "data_files" in entry else ():
+        file = entry["data_files"].get(split)
+        if file is None or not (root / file).is_file():
+            raise FileNotFoundError(
+                f"The task {name!r} has no {split} file: {str(root / str(file))!r} does not exist."
+            )
+        if Path(file).suffix not in READERS:
+            raise ValueError(f"The task {name!r}: {file!r} is of no known type, expected {', '.join(READERS)}.")
+    rates = {key: entry[key] for key in OVERRIDES if entry.get(key) is not None}
+    for key, kind in (("num_train_epochs", float), ("max_steps", int), ("learning_rate", float)):
+        if key in rates:
+            rates[key] = _number(f"{key} of the task {name!r}", rates[key], kind)
+    return Task(name, train_dataset=(), **rates)
+
+
+def _load(entry: dict, split: str, root: Path) -> Dataset:
+    if "data_files" in entry:  # one by one: their columns may differ
+        path, wanted = root / entry["data_files"][split], split
+        source, options = READERS[path.suffix], {"data_files": {split: str(path)}}
+    else:
+        folder, wanted = root / entry["dataset"], entry.get("splits", {}).get(split, split)
+        path = folder if folder.is_dir() else entry["dataset"]
+        source, options = str(path), {"name": entry.get("config")}
+    try:
+        return load_dataset(source, split=wanted, **options)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"The task {entry['name']!r}: the {split} data, split {wanted!r} of {str(path)!r}, cannot be loaded: "
+            f"{error}"
+        ) from error
+
+
+def _with_columns(data: Dataset, entry: dict, split: str, forms: list, optional_columns: Collection[str]) -> Dataset:
+    """The data with the columns of one form, by the names of the script."""
+    given = entry.get("columns", {})
+    for form in forms:
+        if all(given.get(column, column) in data.column_names for column in form):
+            kept = {given.get(column, column): column for column in (*form, *optional_columns)}
+            kept = {old: new for old, new in kept.items() if old in data.column_names}
+            return data.select_columns(list(kept)).rename_columns(kept)
+    wanted = " or ".join(", ".join(repr(given.get(column, column)) for column in form) for form in forms)
+    raise ValueError(
+        f"The task {entry['name']!r} needs the columns {wanted}, but its {split} data has "
+        f"{', '.join(map(repr, data.column_names))}. Say which is which with 'columns: {{{forms[0][0]}: …}}'."
+    )
+
+
+# ---- labels ----
+
+
+def name_labels(task: TaskData) -> None:
+    """
+    Makes the column `label` of a task text: the names of a `ClassLabel`, or the values as they are.
+
+    Raises:
+        ValueError: if a row has no label.
+    """
+
+    def named(data: Dataset, split: str) -> Dataset:
+        feature, values = data.features["label"], data.unique("label")
+        if None in values or (isinstance(feature, ClassLabel) and -1 in values):
+            raise ValueError(f"The {split} data of the task {task.name!r} has rows without a label.")
+        names = {value: feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values}
+        labels = [names[value] for value in data["label"]]
+        return data.remove_columns("label").add_column("label", labels)
+
+    task.apply(named)
+
+
+def index_labels(task: TaskData, labels: list[str]) -> None:
+    """
+    Replaces the column `label` of a task by `labels`, the position of each row's label in a list.
+
+    Raises:
+        ValueError: if a label is not in the list.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+
+    def indexed(data: Dataset, split: str) -> Dataset:
+        unknown = sorted(set(data.unique("label")) - set(labels))
+        if unknown:
+            raise ValueError(
+                f"The {split} data of the task {task.name!r} has the label(s) {', '.join(map(repr, unknown))}, which "
+                f"are not among the {len(labels)} labels that are learnt: {', '.join(map(repr, labels[:20]))}."
+            )
+        return data.add_column("labels", [index[label] for label in data["label"]]).remove_columns("label")
+
+    task.apply(indexed)
+
+
+def share_labels(tasks: list[TaskData], labels: list[str] | None) -> dict[str, dict]:
+    """
+    Prepares the tasks for a head they share: its labels are those given, or those of all training sets, sorted.
+
+    Returns:
+        `dict[str, dict]`: `id2label` and `label2id` for the model.
+    """
+    for task in tasks:
+        name_labels(task)
+    labels = labels or sorted({label for task in tasks for label in task.train.unique("label")})
+    for task in tasks:
+        index_labels(task, labels)
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def largest(logits: Any, labels: Any) -> Any:
+    """For `preprocess_logits_for_metrics`: keeps the index of the largest logit, and nothing else of the outputs."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+# ---- answers in a text ----
+
+
+def render_conversation(processor: Any, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """
+    A conversation as the text of a chat template.
+
+    Args:
+        processor: A tokenizer or processor with a chat template.
+        messages (`list[dict]`): Role and content of each turn, the last one the assistant's.
+
+    Returns:
+        The text, ended by the end-of-sequence token, and from where to where each answer goes.
+    """
+
+    def render(count: int, prompt: bool) -> str:
+        return processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(f"A conversation ends with the assistant's answer, got {messages!r}.")
+    end_of_sequence = getattr(processor, "tokenizer", processor).eos_token
+    text, spans = render(len(messages), False).rstrip(), []
+    if not text.endswith(end_of_sequence):
+        text += end_of_sequence
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start, end = render(i, True), render(i + 1, False)
+            if not (text.startswith(start) and text.startswith(end.rstrip())):
+                raise ValueError(
+                    f"The chat template rewrites earlier turns, so that an answer cannot be found in {text!r}. Keep "
+                    "one answer per conversation, or use another template."
+                )
+            spans.append((len(start), len(end)))
+    spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
+def encode_answers(tokenizer: Any, text: str, spans: list[tuple[int, int]], **options) -> dict[str, list[int]]:
+    """
+    Token ids of a text, and labels for the tokens inside the spans alone.
+
+    Args:
+        tokenizer: With offsets (a "fast" one).
+        text (`str`), spans (`list[tuple[int, int]]`): As of [`render_conversation`].
+        options: For the tokenizer.
+    """
+    # many chat templates write the first token themselves
+    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, **options)
+    offsets = encoded.pop("offset_mapping")
+    inside = [any(start < b and end > a for a, b in spans) and end > start for start, end in offsets]
+    labels = [token if answer else IGNORED for token, answer in zip(encoded["input_ids"], inside, strict=True)]
+    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+
+
+def answer_accuracy(prediction) -> dict[str, float]:
+    """
+    `accuracy`, the share of right tokens in the answers, and `exact_match`, that of answers right in every token.
+
+    Each token is predicted from the true ones before it; greedy decoding gives the same answer exactly where all
+    are right.
+    """
+    predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    counted = labels != IGNORED
+    right = (predicted == labels) & counted
+    exact = right.sum(axis=1) == counted.sum(axis=1)
+    return {"accuracy": float(right.sum() / counted.sum()), "exact_match": float(exact.mean())}
+
+
+# ---- the run ----
+
+
+def learn(trainer: ContinualEBLoRATrainer) -> None:
+    """Learns the tasks and writes `train_results.json`, `eval_results.json`, `all_results.json` and the state."""
+    resume = trainer.args.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    matrix, names = trainer.accuracy_matrix, trainer.task_callback.sequence.names
+    metric = (trainer.args.metric_for_best_model or "accuracy").removeprefix("eval_")
+    metric = "accuracy" if metric == "loss" else metric  # what fills the accuracy matrix
+    final = {f"eval_{name}_{metric}": float(value) for name, value in zip(names, matrix[-1], strict=True)}
+    for split, metrics in (("train", result.metrics), ("eval", final)):
+        metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"Accuracy on {', '.join(names)} after each task:\n{np.array_str(matrix, precision=3)}")
