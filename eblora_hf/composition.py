@@ -9,7 +9,7 @@ updates is then their concatenation, A stacked along its rows and B along its co
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -122,6 +122,7 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
     earlier = {key: value for key, value in earlier.items() if key not in heads}
     config = folded_config(model.peft_config[adapter], earlier)
     config.modules_to_save = None  # one owner of the head among the active adapters
+    _target_exactly(config, factors_of(earlier, "lora_A"))
     # not model.add_adapter: task-specific classes would add their head to the configuration
     PeftModel.add_adapter(model, EARLIER_TASKS, config)
     load_adapter(model, EARLIER_TASKS, earlier)
@@ -185,12 +186,19 @@ def _renew(model: PeftModel, adapter: str, config: LoraConfig) -> None:
     stand_in = "replaced"  # PEFT wants one adapter to be active at any time
     small = copy.deepcopy(config)
     small.r, small.rank_pattern, small.alpha_pattern, small.modules_to_save = 1, {}, {}, None
+    _target_exactly(small, [layer.name for layer in find_layers(model, adapter)])
     PeftModel.add_adapter(model, stand_in, small)
     model.set_adapter(stand_in)
     model.delete_adapter(adapter)
     model.add_adapter(adapter, config)
     model.set_adapter(adapter)
     model.delete_adapter(stand_in)
+
+
+def _target_exactly(config: LoraConfig, names: Iterable[str]) -> None:
+    """Targets these layers alone: `"all-linear"` was resolved to names that also match a head, now wrapped by PEFT."""
+    config.target_modules = "|".join(re.escape(name) for name in names)  # PEFT wants a full match of a string
+    config.exclude_modules = None
 
 
 def merge_into_base(model: PeftModel, *, allow_lossy: bool = False) -> nn.Module:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_args, get_origin
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -24,9 +24,12 @@ class EBLoRAConfig:
         scale_lr (`float` or `"auto"`, defaults to `"auto"`): Learning rate of s, on the main schedule. `"auto"` is
             1.2 / steps of the task, at most 0.05.
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
-        energy_threshold (`float`, defaults to 0.99): Share ε of a task's gradient energy that its basis must hold.
-        basis_from (`str`, defaults to `"gradients"`): What a basis is grown from after a task, its mean `"gradients"`
-            or the inputs of the layers (`"features"`); EBLoRA and KeepLoRA.
+        basis_from (`str`, *optional*): What a basis is grown from after a task: its mean gradient (`"gradients"`, as
+            published for EBLoRA), the gradients of its single tokens, which do not cancel out
+            (`"token-gradients"`), or the inputs of the layers (`"features"`). By default token gradients for EBLoRA
+            and gradients for KeepLoRA.
+        energy_threshold (`float`, *optional*): Share ε of that energy that the basis must hold. By default 0.99 of
+            mean gradients, and 0.97 of the others.
         weight_energy (`float`, defaults to 0.6): Share of the energy ‖W‖² of each weight whose directions are
             protected from the start by KeepLoRA (0 for none), and before every task by OSF.
         orthogonality_weight (`float`, defaults to 0.5): λ of O-LoRA's penalty.
@@ -43,8 +46,8 @@ class EBLoRAConfig:
         init_scale_beta (`float`, defaults to 0.008): How much larger |s| is at the last block.
         num_layers (`int`, *optional*): Number of blocks in that rule, by default the model's own (the released code:
             32).
-        tangent (`str`, defaults to `"canonical"`): Map of an increment to the tangent space, `"canonical"` as released
-            or the `"orthogonal"` projection.
+        tangent (`str`, defaults to `"orthogonal"`): Map of an increment to the tangent space, the `"orthogonal"`
+            projection, or `"canonical"` as released.
         step_scaling (`str`, defaults to `"dimensionless"`): `"dimensionless"` as above, or the increment of the
             optimizer times √(`step_constant`/r) (`"rank"`, the released code), √(`step_constant`/d) (`"rows"`) or 1
             (`"none"`).
@@ -61,11 +64,11 @@ class EBLoRAConfig:
         default="auto", metadata={"help": "Learning rate of the scales s, or 'auto' (1.2 / steps)."}
     )
     scale_weight_decay: float = dataclasses.field(default=0.0, metadata={"help": "Decoupled weight decay of s."})
-    energy_threshold: float = dataclasses.field(
-        default=0.99, metadata={"help": "Share of gradient energy a basis must hold."}
+    basis_from: Optional[Literal["gradients", "token-gradients", "features"]] = dataclasses.field(  # noqa: UP045
+        default=None, metadata={"help": "What a basis is grown from; by default as suits the method."}
     )
-    basis_from: Literal["gradients", "features"] = dataclasses.field(
-        default="gradients", metadata={"help": "What a basis is grown from after a task (eblora, keeplora)."}
+    energy_threshold: Optional[float] = dataclasses.field(  # noqa: UP045
+        default=None, metadata={"help": "Share of that energy a basis must hold; by default 0.99 or 0.97."}
     )
     weight_energy: float = dataclasses.field(
         default=0.6, metadata={"help": "Share of each weight's energy that is protected (keeplora, osf)."}
@@ -95,8 +98,8 @@ class EBLoRAConfig:
     num_layers: Optional[int] = dataclasses.field(  # noqa: UP045 - HfArgumentParser needs it on Python 3.10
         default=None, metadata={"help": "Number of blocks in the rule for |s|; by default the model's own."}
     )
-    tangent: Literal["canonical", "orthogonal"] = dataclasses.field(
-        default="canonical", metadata={"help": "Map of an increment to the tangent space."}
+    tangent: Literal["orthogonal", "canonical"] = dataclasses.field(
+        default="orthogonal", metadata={"help": "Map of an increment to the tangent space."}
     )
     step_scaling: Literal["dimensionless", "rank", "rows", "none"] = dataclasses.field(
         default="dimensionless", metadata={"help": "How an optimizer's increment becomes a step of U and V."}
@@ -109,15 +112,16 @@ class EBLoRAConfig:
         for name in ("direction_lr", "scale_lr"):
             setattr(self, name, check_rate(name, getattr(self, name)))
         for field in dataclasses.fields(self):
-            if field.type is float:  # YAML reads 1e-3 as text
-                setattr(self, field.name, _number(field.name, getattr(self, field.name)))
-            choices = getattr(field.type, "__args__", ())
-            if getattr(field.type, "__origin__", None) is Literal and getattr(self, field.name) not in choices:
-                raise ValueError(
-                    f"EBLoRAConfig({field.name}={getattr(self, field.name)!r}): expected one of {', '.join(choices)}."
-                )
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            kind = get_args(field.type)[0] if type(None) in get_args(field.type) else field.type
+            if kind is float:  # YAML reads 1e-3 as text
+                setattr(self, field.name, _number(field.name, value))
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"EBLoRAConfig({field.name}={value!r}): expected one of {', '.join(get_args(kind))}.")
         for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction", "stored_energy"):
-            if not 0.0 < getattr(self, name) <= 1.0:
+            if getattr(self, name) is not None and not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in (0, 1].")
         if not 0.0 <= self.weight_energy < 1.0:
             raise ValueError(f"EBLoRAConfig(weight_energy={self.weight_energy!r}): expected a share in [0, 1).")
@@ -149,6 +153,8 @@ class EBLoRAConfig:
             ValueError: for any other name.
         """
         released = {
+            "basis_from": "gradients",
+            "tangent": "canonical",
             "step_scaling": "rank",
             "snapshot_at": "pretrained",
             "snapshot_sampling": "even",

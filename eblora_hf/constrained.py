@@ -18,13 +18,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .composition import EARLIER_TASKS, activate
 from .config import EBLoRAConfig
 from .factors import load_state, save_state
-from .features import feature_matrices
 from .gradients import mean_gradients, snapshot_indices
 from .layers import AdaptedLayer
 from .methods import Method
 from .methods.base import Snapshot
+from .moments import feature_matrices, token_gradient_matrices
 from .optimizers import plain_optimizer
 from .step_hooks import StepHooks
+
+_COLLECTORS = {
+    "gradients": mean_gradients,
+    "token-gradients": token_gradient_matrices,
+    "features": feature_matrices,
+}
 
 
 class ConstrainedMixin:
@@ -61,8 +67,9 @@ class ConstrainedMixin:
         Args:
             dataset: A map-style data set; `snapshot_fraction` of it is used.
             seed (`int`): Seed of that choice.
-            of (`str`, *optional*): `"gradients"`, the mean gradient of each layer `(d_out, d_in)`, or `"features"`, a
-                matrix of its inputs `(d_in, d_in)`. `None` for nothing.
+            of (`str`, *optional*): `"gradients"`, the mean gradient of each layer `(d_out, d_in)`;
+                `"token-gradients"` or `"features"`, a matrix `(d_in, d_in)` with the second moment of its tokens'
+                gradients or inputs. `None` for nothing.
 
         Returns:
             `dict[str, torch.Tensor]`: By layer name.
@@ -98,8 +105,7 @@ class ConstrainedMixin:
                 module.training = True  # the module itself, not its children: it checkpoints in training mode alone
         try:
             with pretrained():
-                collect = mean_gradients if of == "gradients" else feature_matrices
-                return collect(self.model, self.layers, batches(), loss)
+                return _COLLECTORS[of](self.model, self.layers, batches(), loss)
         finally:
             self.model.train(training)
 

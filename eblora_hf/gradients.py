@@ -76,7 +76,7 @@ def mean_gradients(
 
         return hook
 
-    with _only_trainable(model, [layer.weight for layer in layers]):
+    with only_trainable(model, [layer.weight for layer in layers]):
         handles = [layer.weight.register_post_accumulate_grad_hook(collect(layer.name)) for layer in layers]
         try:
             for inputs, batch_weight in batches:
@@ -108,7 +108,7 @@ def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _only_trainable(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+def only_trainable(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Within the context gradients flow to `weights` alone; other parameters keep the gradients they had."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

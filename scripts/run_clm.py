@@ -24,18 +24,15 @@ A task's data has one of three forms, told by its columns:
 
 from dataclasses import dataclass, field
 
+from answers import IGNORED, answer_accuracy, encode_answers, render_conversation
 from common import (
-    IGNORED,
     DataArguments,
     ModelArguments,
-    answer_accuracy,
     as_sequence,
-    encode_answers,
     largest,
     learn,
     load_tasks,
     parse_arguments,
-    render_conversation,
 )
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq

@@ -25,18 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answers import IGNORED, answer_accuracy, encode_answers, render_conversation
 from common import (
-    IGNORED,
     DataArguments,
     ModelArguments,
-    answer_accuracy,
     as_sequence,
-    encode_answers,
     largest,
     learn,
     load_tasks,
     parse_arguments,
-    render_conversation,
 )
 from datasets import Dataset
 from PIL import Image

@@ -32,6 +32,7 @@ from eblora_hf.analysis.interference import interference
 from eblora_hf.analysis.merging import merge_adapters
 from eblora_hf.analysis.spectra import decompose, singular_values, summarise
 from eblora_hf.benchmark import digits
+from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
 from eblora_hf.composition import factors_of, load_adapter
 from eblora_hf.layers import find_layers
@@ -392,7 +393,7 @@ def check_measures(merges, seeds, counts):
 
 def test_merging_runs_on_a_shortened_protocol(tmp_path, monkeypatch):
     """All of the experiment but its length."""
-    monkeypatch.setattr(merging_experiment, "STEPS_PER_TASK", 3)
+    monkeypatch.setattr("eblora_hf.benchmark.protocol.STEPS_PER_TASK", 3)
     monkeypatch.setattr(merging_experiment, "WEIGHTS", [0.5, 1.0])
     monkeypatch.setattr(digits, "PRETRAINING_STEPS", 60)
     printed = success("merging", "--seeds", "3,4", "--counts", "1,2", "--output", tmp_path)
@@ -419,7 +420,7 @@ def test_the_index_measures_the_model_that_peft_loads():
         split = digits.load_digits(0)["validation"]
         config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", exclude_modules=["classifier"])
         adapters = {}
-        for name in list(digits.TASKS)[:2]:
+        for name in PROTOCOL_TASKS[:2]:
             model = get_peft_model(copy.deepcopy(base), dataclasses.replace(config))
             for layer in find_layers(model, "default"):
                 torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -434,7 +435,7 @@ def test_the_index_measures_the_model_that_peft_loads():
         load_adapter(loaded, "default", merged)
         ratios = []
         for name, adapter in adapters.items():
-            images, labels = split.transformed(digits.TASKS[name]).tensors
+            images, labels = split.transformed(transformation(name)).tensors
             with torch.no_grad():
                 accuracy = (loaded(pixel_values=images).logits.argmax(-1) == labels).double().mean().item()
                 model = get_peft_model(copy.deepcopy(base), dataclasses.replace(config)).eval()
@@ -492,7 +493,7 @@ def new_trainer(folder, model, data, sequence=None, snapshot_fraction=1.0, **con
         model=model,
         args=make_arguments(folder),
         peft_config=lora(**config),
-        eblora_config=EBLoRAConfig(snapshot_fraction=snapshot_fraction),
+        eblora_config=EBLoRAConfig(basis_from="gradients", snapshot_fraction=snapshot_fraction),
         train_dataset=data,
         sequence=sequence,
         task_name=None if isinstance(data, dict) else "new",
@@ -515,7 +516,7 @@ def test_a_task_learnt_already_lies_in_the_basis(sequence, tmp_path):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     rows = interference_report(trainer)
-    # exactly the gradient at the end of its training, of which the basis holds at least the threshold
+    # exactly the gradient at the end of its training, of which a basis of gradients holds at least the threshold
     assert min(row.share for row in rows) >= 0.99 - 1e-6
     bases = PublishedSequence.open(sequence).bases()
     assert {row.layer: (row.columns, row.room) for row in rows} == {

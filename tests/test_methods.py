@@ -12,10 +12,10 @@ from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, l
 from eblora_hf.benchmark.digits import Digits
 from eblora_hf.benchmark.transformations import TRANSFORMATIONS
 from eblora_hf.composition import EARLIER_TASKS, current_weight
-from eblora_hf.features import feature_matrices
 from eblora_hf.layers import find_layers
 from eblora_hf.methods import Method, build_method
 from eblora_hf.methods.olora import OrthogonalityPenalty
+from eblora_hf.moments import feature_matrices, token_gradient_matrices
 from eblora_hf.subspace import principal_weight_directions
 
 from .conftest import lora, make_arguments, make_model, make_text_data
@@ -237,10 +237,58 @@ def test_features_have_the_moment_of_the_inputs_without_padding(seed):
     assert all(matrix.dtype == torch.float64 for matrix in matrices.values())
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_token_gradients_have_the_moment_of_single_gradients(kind, seed):
+    """Against the gradient of each sample at each position, one by one, in float64; parameters stay as they were."""
+    model = make_model(kind, seed, dtype=torch.float64)
+    peft = PeftModel(model, lora(r=2, exclude_modules=["classifier"]))
+    layers = find_layers(peft, "default")
+    data = make_text_data(kind, seed, size=6, length=4)
+    batches = [(data[:4], 4), (data[4:], 2)]
+    flags = [parameter.requires_grad for parameter in peft.parameters()]
+    matrices = token_gradient_matrices(peft.eval(), layers, batches, lambda model, inputs: model(**inputs).loss)
+    assert flags == [parameter.requires_grad for parameter in peft.parameters()]
+    assert all(parameter.grad is None for parameter in peft.parameters())
+    layer = layers[seed]
+    seen = {}
+
+    def keep(module, arguments, output):
+        seen.update(x=arguments[0].detach(), y=output)
+        output.retain_grad()
+
+    handle = layer.module.register_forward_hook(keep)
+    wanted = torch.zeros(layer.d_in, layer.d_in, dtype=torch.float64)
+    for inputs, count in batches:
+        (peft(**inputs).loss * count).backward()
+        for x, delta in zip(seen["x"].flatten(0, -2), seen["y"].grad.flatten(0, -2), strict=True):
+            gradient = torch.outer(delta, x)  # (d_out, d_in)
+            wanted += gradient.T @ gradient / (6 * 4)
+    handle.remove()
+    torch.testing.assert_close(matrices[layer.name].T @ matrices[layer.name], wanted)
+
+
+def test_token_gradients_work_on_frozen_models_and_under_checkpointing():
+    model = make_model("llama", dtype=torch.float64)
+    peft = PeftModel(model, lora(r=2))
+    layers = find_layers(peft, "default")
+    batches = [(make_text_data("llama")[:4], 4)]
+    loss = lambda model, inputs: model(**inputs).loss  # noqa: E731
+    plain = token_gradient_matrices(peft.eval(), layers, batches, loss)
+    with peft.disable_adapter():
+        frozen = token_gradient_matrices(peft, layers, batches, loss)
+    peft.gradient_checkpointing_enable({"use_reentrant": False})
+    peft.train()
+    checkpointed = token_gradient_matrices(peft, layers, batches, loss)
+    for name in plain:  # a fresh adapter changes nothing
+        torch.testing.assert_close(frozen[name].T @ frozen[name], plain[name].T @ plain[name])
+        torch.testing.assert_close(checkpointed[name].T @ checkpointed[name], plain[name].T @ plain[name])
+
+
 def test_features_need_data_and_a_used_layer():
     peft = PeftModel(make_model("bert"), LoraConfig(r=2, target_modules=["query"]))
     layers = find_layers(peft, "default")
-    with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query: the snapshot's batches send no input"):
+    with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query: the snapshot's batches say nothing"):
         feature_matrices(peft, layers, [], lambda model, inputs: model(**inputs))
 
 
@@ -333,7 +381,7 @@ def test_osf_keeps_a_trained_head(tmp_path):
         ({"weight_energy": -0.1}, r"weight_energy=-0\.1"),
         ({"stored_energy": 0.0}, r"stored_energy=0\.0\): expected a share in \(0, 1\]"),
         ({"orthogonality_weight": float("nan")}, "orthogonality_weight=nan"),
-        ({"basis_from": "weights"}, "basis_from='weights'.*gradients, features"),
+        ({"basis_from": "weights"}, "basis_from='weights'.*gradients, token-gradients, features"),
         ({"method": "sefe"}, "method='sefe'.*osf"),
     ],
 )

@@ -16,7 +16,7 @@ FLOORS = [
     {
         "layers",
         "gradients",
-        "features",
+        "moments",
         "factors",
         "optimizers",
         "step_hooks",

@@ -294,20 +294,20 @@ def answers_in(batch: dict, row: int, tokenizer) -> str:
 
 
 def test_labels_are_on_every_answer_and_nothing_else(scripts):
-    common, tokenizer = scripts("common"), scripts_data.make_tokenizer()
+    answers, tokenizer = scripts("answers"), scripts_data.make_tokenizer()
     turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6")]
-    text, spans = common.render_conversation(tokenizer, [{"role": role, "content": words} for role, words in turns])
+    text, spans = answers.render_conversation(tokenizer, [{"role": role, "content": words} for role, words in turns])
     assert [text[a:b].split() for a, b in spans] == [["w3", "</s>"], ["w5", "w6", "</s>"]]
-    encoded = common.encode_answers(tokenizer, text, spans)
-    counted = [token for token in encoded["labels"] if token != common.IGNORED]
+    encoded = answers.encode_answers(tokenizer, text, spans)
+    counted = [token for token in encoded["labels"] if token != answers.IGNORED]
     assert tokenizer.decode(counted) == "w3 </s> w5 w6 </s>"
 
 
 def test_a_template_that_ends_no_answer_gets_an_end(scripts):
-    common, tokenizer = scripts("common"), scripts_data.make_tokenizer()
+    answers, tokenizer = scripts("answers"), scripts_data.make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(" </s> ", " ")
     messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    text, spans = common.render_conversation(tokenizer, messages)
+    text, spans = answers.render_conversation(tokenizer, messages)
     assert text.endswith("w2</s>")
     assert text[slice(*spans[-1])].strip() == "w2</s>"
 
@@ -335,7 +335,7 @@ def test_the_metric_of_answers(scripts):
     labels = np.array([[-100, -100, 5, 6], [-100, 7, 8, -100]])
     predicted = np.array([[9, 5, 6, 9], [7, 9, 9, 9]])  # at t for t + 1: both right; one right, one wrong
     prediction = transformers.EvalPrediction(predictions=predicted, label_ids=labels)
-    assert scripts("common").answer_accuracy(prediction) == {"accuracy": 3 / 4, "exact_match": 1 / 2}
+    assert scripts("answers").answer_accuracy(prediction) == {"accuracy": 3 / 4, "exact_match": 1 / 2}
 
 
 def test_the_loss_of_clip_is_a_mean_over_the_whole_batch_of_a_step(scripts):

@@ -4,22 +4,21 @@ the embedded benchmark.
 """
 
 import copy
+import dataclasses
 import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
-from ..benchmark.digits import TASKS, Digits, DigitsDataset, load_digits, pretrain, steady_cpu
-from ..benchmark.protocol import SETTINGS, STEPS_PER_TASK
+from ..benchmark.digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
+from ..benchmark.protocol import TUNING, train, training_arguments
+from ..benchmark.transformations import PROTOCOL_TASKS, transformation
 from ..composition import AdapterState, factors_of
 from ..config import EBLoRAConfig
-from ..trainer import ContinualEBLoRATrainer
 from .merging import merge_adapters
 
 VARIANTS = {"raw": "none", "equal sum": "sum", "equal Frobenius": "frobenius"}  # as `smooth` of merge_adapters
@@ -76,11 +75,11 @@ def run_seed(seed: int, counts: list[int], progress: Callable[[str], None] = lam
         progress(f"seed {seed}: pre-training")
         splits = load_digits(seed)
         base = pretrain(seed, splits["train"])
-        names = list(TASKS)[: max(counts)]
+        names = PROTOCOL_TASKS[: max(counts)]
         adapters = []
         for index, name in enumerate(names):
             progress(f"seed {seed}: training {name}")
-            data = splits["train"].transformed(TASKS[name])
+            data = splits["train"].transformed(transformation(name))
             adapters.append(_train(base, data, name, seed + index))  # initialised apart from each other
         progress(f"seed {seed}: merging")
         measures = {
@@ -120,7 +119,7 @@ class NormalisedAccuracy:
 
     def __init__(self, base: nn.Module, split: Digits, adapters: dict[str, AdapterState]):
         self.base = base
-        self.data = {name: split.transformed(TASKS[name]) for name in adapters}
+        self.data = {name: split.transformed(transformation(name)) for name in adapters}
         self.own = {name: self._accuracy(name, updates_of(adapter), 1.0) for name, adapter in adapters.items()}
 
     def __call__(self, deltas: dict[str, torch.Tensor], weight: float, count: int) -> float:
@@ -157,31 +156,8 @@ def _train(base: nn.Module, data: DigitsDataset, name: str, seed: int) -> Adapte
     logging.set_verbosity_error()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = ContinualEBLoRATrainer(
-                model=copy.deepcopy(base),
-                args=TrainingArguments(
-                    output_dir=folder,
-                    seed=seed,
-                    max_steps=STEPS_PER_TASK,
-                    per_device_train_batch_size=32,
-                    lr_scheduler_type="cosine",
-                    warmup_steps=0.03,
-                    weight_decay=0.0,
-                    save_strategy="no",
-                    logging_strategy="no",
-                    report_to=[],
-                    disable_tqdm=True,
-                    use_cpu=True,
-                    dataloader_pin_memory=False,
-                    **SETTINGS["lora"],
-                ),
-                peft_config=LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", exclude_modules=["classifier"]),
-                eblora_config=EBLoRAConfig(method="lora"),
-                train_dataset=data,
-                task_name=name,
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
+            args = dataclasses.replace(training_arguments(folder, seed), **TUNING["lora"]["tuned"])
+            trainer = train(copy.deepcopy(base), args, {name: data}, config=EBLoRAConfig(method="lora"))
             return trainer.task_callback.sequence.adapters()[0]
     finally:
         logging.set_verbosity(verbosity)

@@ -10,7 +10,7 @@ from ..step_hooks import StepHooks
 from ..subspace import BasisExtension, column_cap, extend_basis
 
 Tensors = dict[str, torch.Tensor]
-Snapshot = Literal["gradients", "features"]
+Snapshot = Literal["gradients", "token-gradients", "features"]
 
 
 class Method:
@@ -26,8 +26,8 @@ class Method:
             and weight decay means nothing.
         trains_lora_A (`bool`): Whether lora_A is trained, or frozen where `begin_task` put it.
         starts_from (`str`, *optional*): The snapshot of the new task that `begin_task` needs: `"gradients"`, the mean
-            gradient G `(d_out, d_in)` of each layer, or `"features"`, a matrix X `(d_in, d_in)` with Xᵀ X the second
-            moment of its inputs.
+            gradient G `(d_out, d_in)` of each layer; or a matrix X `(d_in, d_in)` with Xᵀ X the second moment of its
+            tokens' gradients (`"token-gradients"`) or of its inputs (`"features"`).
         remembers (`str`, *optional*): The snapshot at the trained weights that `end_task` extends bases from.
     """
 
@@ -88,13 +88,20 @@ class Method:
         """What the task adds to the basis of each layer, from the snapshot that `remembers` names."""
         return {}
 
+    @property
+    def energy_threshold(self) -> float:
+        """ε of the configuration, or what suits the snapshot: a second moment spreads over more directions."""
+        if self.config.energy_threshold is not None:
+            return self.config.energy_threshold
+        return 0.99 if self.remembers == "gradients" else 0.97
+
     def extend(self, layer: AdaptedLayer, matrix: torch.Tensor, basis: torch.Tensor | None) -> BasisExtension:
         """The extension of a layer's basis by GPM's energy rule, within the cap of the configuration."""
         columns = 0 if basis is None else basis.shape[1]
         return extend_basis(
             matrix,
             basis,
-            threshold=self.config.energy_threshold,
+            threshold=self.energy_threshold,
             max_columns=column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction),
             name=layer.name,
         )

@@ -39,8 +39,8 @@ class EBLoRA(Method):
     ΔW = s U Vᵀ with U, V orthonormal and V outside the basis F of earlier tasks' gradients.
 
     A task starts from the leading r singular directions of its gradient outside F, with one small scale per layer.
-    Every step keeps UᵀU = VᵀV = I and FᵀV = 0. Afterwards F grows by GPM's energy rule from the gradient at the
-    trained weights.
+    Every step keeps UᵀU = VᵀV = I and FᵀV = 0. Afterwards F grows by GPM's energy rule at the trained weights: from
+    the second moment of the gradients of single tokens, or as published from their mean (`basis_from="gradients"`).
     """
 
     constrained = True
@@ -49,7 +49,7 @@ class EBLoRA(Method):
 
     def __init__(self, config: EBLoRAConfig):
         super().__init__(config)
-        self.remembers = config.basis_from
+        self.remembers = config.basis_from or "token-gradients"
 
     def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, Factors]:
         config, factors = self.config, {}

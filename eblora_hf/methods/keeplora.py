@@ -24,7 +24,7 @@ class KeepLoRA(Method):
 
     def __init__(self, config: EBLoRAConfig):
         super().__init__(config)
-        self.remembers = config.basis_from
+        self.remembers = config.basis_from or "gradients"
 
     def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict:
         for layer in layers:
