@@ -50,6 +50,7 @@ class ContinualMixin(OneTaskMixin):
             sequence on the Hub has it, and `True` for a new one.
 
     Attributes:
+        source (`str` or `Path`, *optional*): The published sequence that is continued.
         task_callback ([`TaskSequenceCallback`]): The bases and the published sequence, once `train` has begun.
         constraint ([`StepHooks`], *optional*): What the method does around the optimizer's steps while a task trains.
 
@@ -95,7 +96,7 @@ class ContinualMixin(OneTaskMixin):
                 model.unload()  # the user's model as it was, for the next try
                 vars(given).pop("peft_config", None)
             raise
-        self._source = sequence
+        self.source = sequence
         self._given_optimizer = self.optimizer
         self.start_from({})
         head = getattr(model.peft_config[self.adapter], "modules_to_save", None)
@@ -191,7 +192,7 @@ class ContinualMixin(OneTaskMixin):
         exists = PublishedSequence.exists(folder)
         self.accelerator.wait_for_everyone()  # all have looked before one of them writes
         if exists:
-            if not resuming and (self._source is None or Path(self._source).resolve() != folder.resolve()):
+            if not resuming and (self.source is None or Path(self.source).resolve() != folder.resolve()):
                 raise ValueError(
                     f"{folder} already holds a sequence of tasks. Pass `train(resume_from_checkpoint=True)` to "
                     f"continue an interrupted run, `sequence={str(folder)!r}` to append new tasks, or another "
@@ -199,11 +200,11 @@ class ContinualMixin(OneTaskMixin):
                 )
             if self.is_world_process_zero():
                 own = PublishedSequence.open(folder, repair=True)
-                if self._source is not None and Path(self._source).resolve() != folder.resolve():
-                    check_beginning(fetch_sequence(self._source, token=self.args.hub_token).tasks, own, self._source)
-        elif self._source is not None:
+                if self.source is not None and Path(self.source).resolve() != folder.resolve():
+                    check_beginning(fetch_sequence(self.source, token=self.args.hub_token).tasks, own, self.source)
+        elif self.source is not None:
             if self.is_world_process_zero():
-                fetch_sequence(self._source, token=self.args.hub_token, folder=folder)
+                fetch_sequence(self.source, token=self.args.hub_token, folder=folder)
         else:
             published = PublishedSequence(folder, describe_base_model(base, heads))
             published.check_strays(self.tasks.names[0])

@@ -5,4 +5,5 @@ bash "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/pytest "$@"
+# one process per core, a file of tests at a time
+exec .venv/bin/pytest --numprocesses auto --dist loadfile "$@"

@@ -30,12 +30,13 @@ from eblora_hf.analysis import merging_experiment
 from eblora_hf.analysis.adapters import read_adapter
 from eblora_hf.analysis.interference import interference
 from eblora_hf.analysis.merging import merge_adapters
-from eblora_hf.analysis.spectra import decompose, singular_values, summarise
+from eblora_hf.analysis.spectra import singular_values, summarise
 from eblora_hf.benchmark import digits
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
 from eblora_hf.composition import factors_of, load_adapter
 from eblora_hf.layers import find_layers
+from eblora_hf.subspace import decompose_product
 
 from .conftest import HUB_PORT, lora, make_arguments, make_model, make_text_data, orthonormal
 from .hub_server import TOKEN, HubServer
@@ -321,7 +322,7 @@ def test_smoothing_a_rank_above_the_width_and_what_is_beside_lora():
 def test_decomposition_in_float64():
     generator = torch.Generator().manual_seed(3)
     b, a = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((30, 6), (6, 17)))
-    u, sigma, vt = decompose(b, a)
+    u, sigma, vt = decompose_product(b, a)
     torch.testing.assert_close(u * sigma @ vt, b @ a, atol=1e-12, rtol=1e-12)
     for columns in (u, vt.T):
         torch.testing.assert_close(columns.T @ columns, torch.eye(6, dtype=torch.float64), atol=1e-12, rtol=0)

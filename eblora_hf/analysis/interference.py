@@ -90,7 +90,7 @@ def interference_report(trainer: ContinualMixin) -> list[LayerInterference]:
         print(row.layer, row.share, row.room)
     ```
     """
-    if trainer._source is None or trainer.tasks is None:
+    if trainer.source is None or trainer.tasks is None:
         raise ValueError(
             "The report compares a new task with a published sequence: build the trainer with `sequence=…` and the "
             "task's `train_dataset`."
@@ -99,12 +99,12 @@ def interference_report(trainer: ContinualMixin) -> list[LayerInterference]:
         raise ValueError("The trainer was trained already. Build a fresh one, with the next task's data.")
     with tempfile.TemporaryDirectory() as folder:
         # a copy brings the bases from a repository of their own, if that is where they are
-        local = PublishedSequence.exists(trainer._source)
-        published = fetch_sequence(trainer._source, token=trainer.args.hub_token, folder=None if local else folder)
+        local = PublishedSequence.exists(trainer.source)
+        published = fetch_sequence(trainer.source, token=trainer.args.hub_token, folder=None if local else folder)
         without = published.names_without_basis()
         if without:
             raise ValueError(
-                f"The task(s) {', '.join(without)} in {trainer._source} were learnt by a method that keeps no basis: "
+                f"The task(s) {', '.join(without)} in {trainer.source} were learnt by a method that keeps no basis: "
                 "there is nothing to compare with."
             )
         published.check_base_model(trainer.model.get_base_model())

@@ -3,8 +3,8 @@
 import torch
 
 from ..composition import AdapterState, factors_of
+from ..subspace import decompose_product
 from .adapters import factor_key, in_full
-from .spectra import decompose
 
 EQUAL = ("sum", "frobenius")
 
@@ -35,7 +35,7 @@ def smooth_adapter(adapter: AdapterState, equal: str = "sum") -> AdapterState:
     for name, b in factors_of(adapter, "lora_B").items():
         a = in_full(lora_a[name])
         new_b, new_a = torch.zeros_like(in_full(b)), torch.zeros_like(a)
-        u, sigma, vt = decompose(b, a)
+        u, sigma, vt = decompose_product(b, a)
         kept = int((sigma > sigma[0] * len(a) * torch.finfo(torch.float32).eps).sum())
         if kept > 0:
             mean = sigma[:kept].mean() if equal == "sum" else sigma[:kept].square().mean().sqrt()

@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..composition import AdapterState, factors_of
+from ..subspace import decompose_product
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,6 @@ class Spectrum:
     effective_rank: float
 
 
-def decompose(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The singular value decomposition of B A from the factors alone, in float64.
-
-    With B = Q_B R_B and Aᵀ = Q_A R_A it is that of the r x r matrix R_B R_Aᵀ = P Σ Qᵀ: U = Q_B P and Vᵀ = Qᵀ Q_Aᵀ.
-
-    Args:
-        b (`torch.Tensor` of shape `(d_out, r)`), a (`torch.Tensor` of shape `(r, d_in)`): The factors.
-
-    Returns:
-        `tuple` of U `(d_out, k)`, σ `(k,)` in descending order and Vᵀ `(k, d_in)`, with k = min(r, d_out, d_in).
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, sigma, vt @ q_a.T
-
-
 def singular_values(adapter: AdapterState) -> dict[str, torch.Tensor]:
     """
     The r singular values of each layer's update.
@@ -54,7 +37,7 @@ def singular_values(adapter: AdapterState) -> dict[str, torch.Tensor]:
         `dict[str, torch.Tensor]`: By layer name, `(r,)` in float64, descending.
     """
     lora_a = factors_of(adapter, "lora_A")
-    return {name: decompose(b, lora_a[name])[1] for name, b in factors_of(adapter, "lora_B").items()}
+    return {name: decompose_product(b, lora_a[name])[1] for name, b in factors_of(adapter, "lora_B").items()}
 
 
 def summarise(spectra: list[torch.Tensor]) -> Spectrum:

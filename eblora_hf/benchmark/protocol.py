@@ -27,7 +27,7 @@ STEPS_PER_TASK = 60
 RANK = 4
 BASE = "upright digits"  # name of the set that shows how much of the pre-training survives; no task can have it
 
-# per method the grid it is tuned on, as many settings for each, and what that gave
+# per method the grid it is tuned on, as many settings for each, and what that gave; a variant names its `method`
 TUNING: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuning.json").read_text("utf-8"))
 METHODS = ("frozen", *TUNING)
 
@@ -109,7 +109,7 @@ def run_method(
             if method == "joint":
                 args = dataclasses.replace(args, max_steps=args.max_steps * len(tasks))
                 return _joint(model, args, train_sets, test_sets, rank=rank * len(tasks), advance=advance)
-            config = EBLoRAConfig(method=method, **settings)
+            config = EBLoRAConfig(method=TUNING[method].get("method", method), **settings)
             return _continual(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
     finally:
         logging.set_verbosity(verbosity)

@@ -14,9 +14,9 @@ TUNING_SEEDS = (100, 101)
 
 
 def grid_of(method: str) -> list[dict[str, Any]]:
-    """All settings that a method is tried with: the product of the values in its grid."""
-    grid = TUNING[method]["grid"]
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    """All settings that a method is tried with: what is fixed, and the product of the values in its grid."""
+    fixed, grid = TUNING[method].get("fixed", {}), TUNING[method]["grid"]
+    return [fixed | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def tuning_runs(methods: Sequence[str], tasks: tuple[str, ...], rank: int) -> list[Run]:

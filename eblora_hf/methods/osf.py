@@ -10,6 +10,7 @@ from ..factors import STATE_FILE
 from ..layers import AdaptedLayer
 from ..step_hooks import StepHooks
 from ..stiefel import full_precision, restrict
+from ..subspace import decompose_product
 from .base import Method, Tensors
 
 
@@ -80,16 +81,13 @@ class OSF(Method):
     @torch.no_grad()
     def finish_training(self, layers: list[AdaptedLayer]) -> None:
         for layer in layers:
-            # ΔW = B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: its decomposition from one of the size of the rank
-            q_b, r_b = torch.linalg.qr(layer.lora_B.double())
-            q_a, r_a = torch.linalg.qr(layer.lora_A.double().T)
-            left, sigma, right = torch.linalg.svd(r_b @ r_a.T)
+            left, sigma, right = decompose_product(layer.lora_B, layer.lora_A)
             kept = _count(sigma, self.config.stored_energy, len(sigma))
             root = sigma[:kept].sqrt()
             layer.lora_A.zero_()
             layer.lora_B.zero_()
-            layer.lora_A[:kept] = (root.unsqueeze(-1) * (right[:kept] @ q_a.T)).to(layer.lora_A.dtype)
-            layer.lora_B[:, :kept] = (q_b @ left[:, :kept] * root).to(layer.lora_B.dtype)
+            layer.lora_A[:kept] = (root.unsqueeze(-1) * right[:kept]).to(layer.lora_A.dtype)
+            layer.lora_B[:, :kept] = (left[:, :kept] * root).to(layer.lora_B.dtype)
 
 
 class ProtectedDirections(StepHooks):
