@@ -13,8 +13,13 @@ def test_command_line_and_yaml(tmp_path):
     _, config = parser.parse_yaml_file(str(path))
     assert (config.direction_lr, config.scale_lr, config.num_layers) == ("auto", 0.02, 12)
     assert config.scale_weight_decay == 1e-3  # which YAML reads as text
-    with pytest.raises(SystemExit):
-        parser.parse_args_into_dataclasses(["--output_dir", "o", "--method", "magic"])
+    words = ["--output_dir", "o", "--basis_from", "token-gradients", "--energy_threshold", "0.9"]
+    _, config = parser.parse_args_into_dataclasses(words)
+    assert (config.basis_from, config.energy_threshold) == ("token-gradients", 0.9)
+    assert EBLoRAConfig(energy_threshold="9e-1").energy_threshold == 0.9
+    for words in (["--method", "magic"], ["--basis_from", "weights"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args_into_dataclasses(["--output_dir", "o", *words])
 
 
 def test_every_option_is_described():

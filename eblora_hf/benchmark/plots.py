@@ -88,7 +88,7 @@ def _plot_first_task(methods: dict[str, list[dict[str, Any]]], tasks: Sequence[s
     axis.set_xlabel("after learning")
     axis.set_ylabel(f"accuracy on {tasks[0]}, percent")
     axis.tick_params(axis="x", rotation=30)
-    axis.legend(ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -97,7 +97,7 @@ def _plot_spectra(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axis = figure.subplots()
     for method, runs in methods.items():
         if runs[0]["sigma_ratio"]:
-            ratio = np.mean([run["sigma_ratio"] for run in runs], axis=0)
+            ratio = np.mean([run["sigma_ratio"] for run in runs], axis=0)[: runs[0]["rank"]]
             axis.plot(range(1, len(ratio) + 1), ratio, marker="o", label=method)
     axis.set_ylim(0, 1.05)
     axis.set_xlabel("i")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..version import __version__
-from .protocol import MethodResult
+from .protocol import METHODS, MethodResult
 
 METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base")
 
@@ -75,12 +75,12 @@ def save_results(results: dict[str, MethodResult], seed: int, path: Path) -> Non
 
 
 def by_method(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each method, in the order of the seeds."""
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    return {
+    """The lines of each method in the order of `METHODS`, those of a method in the order of the seeds."""
+    grouped = {
         method: sorted((line for line in lines if line["method"] == method), key=lambda line: line["seed"])
-        for method in methods
+        for method in METHODS
     }
+    return {method: own for method, own in grouped.items() if own}
 
 
 def summary_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
