@@ -96,7 +96,11 @@ def benchmark(
         numbers = _seeds(seeds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    comparison.run(_names(methods), numbers, _names(tasks), rank, output, tuned_here=tune, workers=workers)
+    try:
+        comparison.run(_names(methods), numbers, _names(tasks), rank, output, tuned_here=tune, workers=workers)
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _names(text: str) -> list[str]:

@@ -26,8 +26,9 @@ class EBLoRAConfig:
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
         basis_from (`str`, *optional*): What a basis is grown from after a task: its mean gradient (`"gradients"`, as
             published for EBLoRA), the gradients of its single tokens, which do not cancel out
-            (`"token-gradients"`), or the inputs of the layers (`"features"`). By default token gradients for EBLoRA
-            and gradients for KeepLoRA.
+            (`"token-gradients"`), or the inputs of the layers (`"features"`). The latter two take a float32 matrix
+            d_in x d_in a layer while a snapshot is taken. By default token gradients for EBLoRA and gradients for
+            KeepLoRA.
         energy_threshold (`float`, *optional*): Share ε of that energy that the basis must hold. By default 0.99 of
             mean gradients, and 0.97 of the others.
         weight_energy (`float`, defaults to 0.6): Share of the energy ‖W‖² of each weight whose directions are
@@ -134,6 +135,8 @@ class EBLoRAConfig:
         ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
+        if self.method == "inflora" and self.basis_from not in (None, "features"):
+            raise ValueError(f"EBLoRAConfig(basis_from={self.basis_from!r}): InfLoRA's basis is one of features.")
         if self.num_layers is not None and self.num_layers < 1:
             raise ValueError(f"EBLoRAConfig(num_layers={self.num_layers!r}): expected a positive number.")
 

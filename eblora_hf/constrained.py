@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .composition import EARLIER_TASKS, activate
 from .config import EBLoRAConfig
 from .factors import load_state, save_state
+from .files import json_bytes, write
 from .gradients import mean_gradients, snapshot_indices
 from .layers import AdaptedLayer
 from .methods import Method
@@ -26,6 +28,7 @@ from .moments import feature_matrices, token_gradient_matrices
 from .optimizers import plain_optimizer
 from .step_hooks import StepHooks
 
+METHOD_FILE = "eblora_method.json"  # beside each checkpoint
 _COLLECTORS = {
     "gradients": mean_gradients,
     "token-gradients": token_gradient_matrices,
@@ -116,6 +119,14 @@ class ConstrainedMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.method.constrained:
             plain_optimizer(optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for layer in self.layers:
+            if id(layer.lora_B) not in held:
+                raise ValueError(
+                    f"The optimizer does not hold lora_B of {layer.name}, so it would not train. One made before the "
+                    f"trainer does not know the parameters that the method {self.eblora_config.method!r} trains: pass "
+                    "`optimizer_cls_and_kwargs` instead of `optimizers`."
+                )
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
@@ -165,6 +176,8 @@ class ConstrainedMixin:
                 self.model.peft_config[EARLIER_TASKS] = earlier
         if self.constraint is not None and self.is_in_train and self.args.should_save:
             save_state(self.constraint.state_dict(), output_dir or self.args.output_dir)
+        if self.is_in_train and self.args.should_save:
+            write(Path(output_dir or self.args.output_dir) / METHOD_FILE, json_bytes(self.eblora_config.method))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         for name in () if self.args.save_only_model else (OPTIMIZER_NAME, SCHEDULER_NAME):
@@ -173,6 +186,14 @@ class ConstrainedMixin:
                     f"{name} is missing in {resume_from_checkpoint}: the training would go on with a fresh "
                     "optimizer. Delete the folder and resume from an earlier checkpoint."
                 )
+        path = Path(resume_from_checkpoint) / METHOD_FILE
+        method = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self.eblora_config.method
+        if method != self.eblora_config.method:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained with the method {method!r}, not with "
+                f"{self.eblora_config.method!r}. Resume with that method, or delete the folder to start the task "
+                "again."
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         activate(self.model, self.adapter)  # the parent leaves one adapter active
         if self.method.constrained:

@@ -113,8 +113,9 @@ def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: the checkpoint is incomplete, or was not written by this method. Without it U and s "
-            "cannot be recovered from the adapter. Delete the folder and resume from an earlier checkpoint."
+            f"{path} is missing: the checkpoint is incomplete, or was not written by this method. Without it what "
+            "constrains the steps cannot be recovered from the adapter. Delete the folder and resume from an earlier "
+            "checkpoint."
         )
     try:
         return safetensors.torch.load_file(path)

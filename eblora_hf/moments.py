@@ -132,14 +132,17 @@ class _Moments:
                     torch.distributed.all_reduce(summand)
                 self._counts[name] = int(count)
         roots = {}
-        for name, total in self._sums.items():
+        for name in list(self._sums):
             if self._counts[name] == 0:
                 raise ValueError(
                     f"{name}: the snapshot's batches say nothing of this layer, so it cannot be protected. Is the "
                     "training set empty? If not, leave the layer out of `target_modules`."
                 )
+            total = self._sums.pop(name)  # one by one, so that sums and roots do not lie side by side
             eigenvalues, vectors = torch.linalg.eigh(total.double() / self._counts[name])
-            roots[name] = (eigenvalues.clamp_min(0.0).sqrt().unsqueeze(-1) * vectors.T).to(total.dtype)
+            noise = eigenvalues[-1] * len(total) * torch.finfo(total.dtype).eps  # of the sum
+            eigenvalues = torch.where(eigenvalues > noise, eigenvalues, 0.0)
+            roots[name] = (eigenvalues.sqrt().unsqueeze(-1) * vectors.T).to(total.dtype)
         return roots
 
 

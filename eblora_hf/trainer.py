@@ -80,7 +80,7 @@ class ContinualMixin(OneTaskMixin):
         try:
             self.adapter = model.active_adapters[0]
             self.layers = find_layers(model, self.adapter)
-            check_layers(self.layers, self.adapter, self.method.orthonormal)
+            check_layers(self.layers, self.adapter, self.method.orthonormal or not self.method.trains_lora_A)
             self.tasks = read_tasks(arguments, task_name)
             if arguments.get("args") is None:
                 arguments["args"] = TrainingArguments()

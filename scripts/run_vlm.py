@@ -131,9 +131,12 @@ def main() -> None:
     name, revision = model_args.model_name_or_path, model_args.model_revision
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     training_args.remove_unused_columns = False  # the collator reads the records
+    model = AutoModelForImageTextToText.from_pretrained(name, **model_args.loading)
+    # metrics need the logits alone, and a Trainer cannot gather what the vision tower adds
+    model.config.keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
 
     trainer = ContinualEBLoRATrainer(
-        model=AutoModelForImageTextToText.from_pretrained(name, **model_args.loading),
+        model=model,
         args=training_args,
         data_collator=AnswerCollator(processor),
         train_dataset=as_sequence(tasks),

@@ -369,7 +369,7 @@ def test_osf_keeps_a_trained_head(tmp_path):
     trainer.train()
     heads = [adapter["base_model.model.classifier.weight"] for adapter in PublishedSequence.open(tmp_path).adapters()]
     assert not torch.equal(heads[0], before)
-    assert (heads[1] - heads[0]).norm() < (heads[1] - before).norm() + (heads[0] - before).norm()
+    assert (heads[1] - heads[0]).norm() < (heads[1] - before).norm()  # the second task went on from the first
     loaded = PeftModel.from_pretrained(make_model("bert"), tmp_path, task_type="SEQ_CLS")
     assert torch.equal(loaded.get_base_model().classifier.modules_to_save["default"].weight, heads[1])
 

@@ -239,7 +239,11 @@ def _clear_errors() -> Iterator[None]:
     """Bad input ends a command with its message instead of a traceback."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except Exception as error:
+        # datasets is slow to import, and only some commands load it
+        known = (ValueError, OSError, ModuleNotFoundError)
+        if not isinstance(error, known) and not type(error).__module__.startswith("datasets."):
+            raise
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -121,7 +121,7 @@ def markdown(lines: list[dict[str, Any]], reference: str) -> str:
         )
     settings = {method: runs[0]["settings"] for method, runs in by_method(lines).items() if runs[0]["settings"]}
     rows = [[method, ", ".join(f"{k} {v}" for k, v in options.items())] for method, options in settings.items()]
-    text += "\n" + _markdown_table(["method", "settings"], rows)
+    text += "\n" + _markdown_table(["method", "settings"], rows) if rows else ""
     versions = ", ".join(f"{name} {number}" for name, number in lines[0]["versions"].items())
     tasks = ", ".join(lines[0]["tasks"])
     return f"{text}\nSeeds {', '.join(map(str, seeds))}; tasks {tasks}; rank {lines[0]['rank']}. {versions}.\n"

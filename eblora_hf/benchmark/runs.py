@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -13,7 +15,7 @@ import safetensors.torch
 
 from ..files import tensor_bytes, write
 from .digits import load_digits, new_model, pretrain, steady_cpu
-from .protocol import TUNING, run_method
+from .protocol import TUNING, MethodResult, run_method
 from .report import as_json, package_versions
 
 
@@ -43,6 +45,9 @@ class Run:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+_KEYS = {field.name for field in (*dataclasses.fields(Run), *dataclasses.fields(MethodResult))} | {"versions"}
+
+
 def tuned_run(method: str, seed: int, tasks: tuple[str, ...], rank: int, tuned: dict[str, dict]) -> Run:
     """A run on the test split, with the settings that tuning gave a method."""
     return Run(method, seed, tasks, rank, tuned.get(method) or TUNING.get(method, {}).get("tuned", {}))
@@ -53,27 +58,26 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     The lines of a results file; a last line that a killed process left half-written is taken off the file.
 
     Raises:
-        ValueError: if another line is not JSON, or not of a run.
+        ValueError: if a whole line is not JSON, or not of a run.
     """
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     results = []
     for number, line in enumerate(lines):
+        if not line.endswith(b"\n"):  # only the last one can be without an end
+            os.truncate(path, path.stat().st_size - len(line))
+            break
         try:
-            if not line.endswith(b"\n"):
-                raise ValueError("the line does not end")
             result = json.loads(line)
-            missing = [field.name for field in dataclasses.fields(Run) if field.name not in result]
+            missing = sorted(_KEYS - set(result))
             if missing:
                 raise ValueError(f"{', '.join(missing)} is missing")
             results.append(result)
         except (TypeError, ValueError) as error:
-            if number < len(lines) - 1:
-                raise ValueError(
-                    f"Line {number + 1} of {path} is not a result ({error}). Delete the line, or use another folder."
-                ) from error
-            os.truncate(path, sum(len(line) for line in lines[:-1]))
+            raise ValueError(
+                f"Line {number + 1} of {path} is not a result ({error}). Delete the line, or use another folder."
+            ) from error
     return results
 
 
@@ -102,12 +106,14 @@ def run_all(
     """
     runs = list(runs)
     known = {_key(result): result for result in read_results(path)}
-    missing = [run for run in runs if _key(run.describe()) not in known]
+    versions = {"versions": package_versions()}  # numbers of other versions are not mixed with these
+    missing = [run for run in runs if _key(run.describe() | versions) not in known]
     for _ in range(len(runs) - len(missing)):
         done()
     if missing:
         # spawned, not forked: torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
             try:
                 seeds = sorted({run.seed for run in missing})
                 for _ in _finished({pool.submit(_pretrain, seed, bases): f"pre-training {seed}" for seed in seeds}):
@@ -126,7 +132,7 @@ def run_all(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return [known[_key(run.describe())] for run in runs]
+    return [known[_key(run.describe() | versions)] for run in runs]
 
 
 def _finished(futures: dict[Future, str]) -> Iterator[Any]:
@@ -139,10 +145,22 @@ def _finished(futures: dict[Future, str]) -> Iterator[Any]:
 
 
 def _key(result: dict[str, Any]) -> str:
-    return json.dumps([result[field.name] for field in dataclasses.fields(Run)], sort_keys=True)
+    names = [*(field.name for field in dataclasses.fields(Run)), "versions"]
+    return json.dumps([result[name] for name in names], sort_keys=True)
 
 
 # ---- in the processes ----
+
+
+def _die_with_parent() -> None:
+    """A killed benchmark leaves no processes behind."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _pretrain(seed: int, bases: Path) -> None:
@@ -161,7 +179,11 @@ def _execute(run: Run, bases: Path) -> bytes:
     """The line of a run."""
     with steady_cpu():
         model = new_model()
-        model.load_state_dict(safetensors.torch.load_file(_base_path(run.seed, bases)))
+        path = _base_path(run.seed, bases)
+        try:
+            model.load_state_dict(safetensors.torch.load_file(path))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it.") from error
         result = run_method(
             run.method,
             model.eval().requires_grad_(False),

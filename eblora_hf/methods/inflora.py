@@ -1,5 +1,7 @@
 """InfLoRA (arXiv 2404.00228): frozen lora_A from the task's features outside the basis of earlier tasks' features."""
 
+import torch
+
 from ..config import EBLoRAConfig
 from ..layers import AdaptedLayer
 from .keeplora import KeepLoRA
@@ -21,5 +23,5 @@ class InfLoRA(KeepLoRA):
         super().__init__(config)
         self.remembers = "features"
 
-    def _first_basis(self, layer: AdaptedLayer) -> None:
+    def _missing(self, layer: AdaptedLayer, basis: torch.Tensor | None) -> None:
         """The weights count for nothing."""

@@ -4,14 +4,23 @@ import torch
 
 from ..config import EBLoRAConfig
 from ..layers import AdaptedLayer
-from ..subspace import BasisExtension, column_cap, principal_directions, principal_weight_directions
+from ..stiefel import restrict
+from ..subspace import (
+    BasisExtension,
+    column_cap,
+    orthonormalize_against,
+    principal_directions,
+    principal_weight_directions,
+)
 from .base import Method, Tensors
+
+_HELD = 1e-3  # what is left of a direction outside a basis that holds it, with room for bases stored in bf16
 
 
 class KeepLoRA(Method):
     """
     ΔW = γ B A with A = Pᵀ frozen, P the leading right singular vectors of the task's gradient outside the basis M, and
-    B trained from zero: ΔW M = 0 at every step, whatever the optimizer.
+    B trained from zero: ΔW M = 0 at every step, whatever the optimizer, to the rounding of lora_A's dtype.
 
     M starts as the principal input directions of each pre-trained weight, up to the share `weight_energy` of ‖W‖², and
     grows after each task by GPM's energy rule: from gradients (the release for LLaVA) or from features (the release
@@ -28,7 +37,7 @@ class KeepLoRA(Method):
 
     def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict:
         for layer in layers:
-            basis = bases[layer.name] if layer.name in bases else self._first_basis(layer)
+            basis = _joined(bases.get(layer.name), self._missing(layer, bases.get(layer.name)))
             _, _, v = principal_directions(snapshot[layer.name], layer.rank, basis, name=layer.name)
             layer.lora_A.data.copy_(v.T)
         return {}
@@ -36,19 +45,30 @@ class KeepLoRA(Method):
     def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
         extensions = {}
         for layer in layers:
-            known = bases.get(layer.name)
-            basis = self._first_basis(layer) if known is None else known
-            extension = self.extend(layer, snapshot[layer.name], basis)
-            if known is None and basis is not None:  # the first task brings the principal directions along
-                columns = torch.cat([basis.to(extension.columns), extension.columns], dim=1)
-                extension = BasisExtension(columns, extension.captured, extension.capped)
-            extensions[layer.name] = extension
+            missing = self._missing(layer, bases.get(layer.name))
+            extension = self.extend(layer, snapshot[layer.name], _joined(bases.get(layer.name), missing))
+            columns = _joined(missing, extension.columns)  # the first task brings the principal directions along
+            extensions[layer.name] = BasisExtension(columns, extension.captured, extension.capped)
         return extensions
 
-    def _first_basis(self, layer: AdaptedLayer) -> torch.Tensor | None:
-        """The principal directions of a pre-trained weight, leaving room for the adapter; `None` without any."""
+    def _missing(self, layer: AdaptedLayer, basis: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        The principal directions of a pre-trained weight that a basis does not hold: all of them before the first task,
+        none after a task of KeepLoRA. They leave room for the adapter.
+        """
         if self.config.weight_energy == 0.0:
             return None
         weight = layer.oriented(layer.weight.detach())
         directions = principal_weight_directions(weight, self.config.weight_energy, name=layer.name)
-        return directions[:, : column_cap(layer.d_in, layer.rank, 0, self.config.max_basis_fraction)]
+        if basis is not None:
+            basis = basis.to(directions)
+            left, sigma, _ = torch.linalg.svd(restrict(directions, basis), full_matrices=False)
+            directions = orthonormalize_against(left[:, sigma > _HELD], basis)
+        taken = 0 if basis is None else basis.shape[1]
+        return directions[:, : column_cap(layer.d_in, layer.rank, taken, self.config.max_basis_fraction)]
+
+
+def _joined(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return torch.cat([first.to(second), second], dim=1)

@@ -81,6 +81,8 @@ class OSF(Method):
     @torch.no_grad()
     def finish_training(self, layers: list[AdaptedLayer]) -> None:
         for layer in layers:
+            if not layer.lora_A.any(dim=1).all():
+                continue  # done before, by a run that then failed
             left, sigma, right = decompose_product(layer.lora_B, layer.lora_A)
             kept = _count(sigma, self.config.stored_energy, len(sigma))
             root = sigma[:kept].sqrt()
