@@ -207,6 +207,20 @@ def test_a_half_written_line_is_taken_off_and_a_broken_one_is_named(tmp_path):
         read_results(path)
 
 
+def test_results_of_other_versions_are_not_taken(tmp_path, monkeypatch):
+    """Nor is a damaged base model without a word."""
+    run = Run("frozen", 0, ("grid",), 4)
+    bases = tmp_path / "base_models"
+    write(bases / "seed-0.safetensors", tensor_bytes(digits.new_model().state_dict()))
+    (first,) = run_all([run], tmp_path / "results.jsonl", bases, workers=1)
+    old = first | {"versions": first["versions"] | {"torch": "1.0"}, "MFN": 0.0}
+    (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
+    assert run_all([run], tmp_path / "results.jsonl", bases, workers=1) == [first]
+    (bases / "seed-0.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match=r"seed-0\.safetensors is damaged.*delete it"):
+        run_all([run], tmp_path / "other.jsonl", bases, workers=1)
+
+
 def test_every_method_is_tuned_on_as_many_settings():
     assert {len(grid_of(method)) for method in TUNING} == {8}
     assert set(METHODS) == {"frozen", *TUNING}

@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, load_sequence
@@ -16,9 +16,9 @@ from eblora_hf.layers import find_layers
 from eblora_hf.methods import Method, build_method
 from eblora_hf.methods.olora import OrthogonalityPenalty
 from eblora_hf.moments import feature_matrices, token_gradient_matrices
-from eblora_hf.subspace import principal_weight_directions
+from eblora_hf.subspace import extend_basis, principal_weight_directions
 
-from .conftest import lora, make_arguments, make_model, make_text_data
+from .conftest import lora, make_arguments, make_model, make_text_data, orthonormal
 from .test_trainer import InterruptAt, InterruptionError, assert_same_files, get_stock_deltas, load_published
 
 METHODS = get_args(get_type_hints(EBLoRAConfig)["method"])
@@ -383,8 +383,72 @@ def test_osf_keeps_a_trained_head(tmp_path):
         ({"orthogonality_weight": float("nan")}, "orthogonality_weight=nan"),
         ({"basis_from": "weights"}, "basis_from='weights'.*gradients, token-gradients, features"),
         ({"method": "sefe"}, "method='sefe'.*osf"),
+        ({"method": "inflora", "basis_from": "gradients"}, "basis_from='gradients'.*one of features"),
     ],
 )
 def test_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         EBLoRAConfig(**options)
+
+
+# ---- what a run may meet ----
+
+
+def test_an_optimizer_that_does_not_know_the_parameters_is_refused(tmp_path):
+    """OSF renews the adapter at another rank; an optimizer made before would train nothing."""
+    model = get_peft_model(make_model("llama"), lora())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    trainer = make_trainer(
+        tmp_path, "llama", "osf", tasks=("one",), model=model, peft_config=None, optimizers=(optimizer, None)
+    )
+    with pytest.raises(ValueError, match=r"does not hold lora_B of .*'osf'.*optimizer_cls_and_kwargs"):
+        trainer.train()
+
+
+def test_resuming_with_another_method_is_refused(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "tasks": ("one",)}
+    with pytest.raises(InterruptionError):
+        make_trainer(tmp_path, "bert", "keeplora", callbacks=[InterruptAt("one", 3)], **saving).train()
+    other = make_trainer(tmp_path, "bert", "inflora", **saving)
+    with pytest.raises(ValueError, match="was trained with the method 'keeplora', not with 'inflora'"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_osf_that_fails_at_the_end_of_a_task_resumes_to_the_same(tmp_path, monkeypatch):
+    """What is truncated once is not truncated again."""
+    options = {"stored_energy": 0.8}
+    make_trainer(tmp_path / "whole", "bert", "osf", options, tasks=("one",)).train()
+    failing = make_trainer(tmp_path / "parts", "bert", "osf", options, tasks=("one",))
+    monkeypatch.setattr(failing.method, "end_task", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.train()
+    make_trainer(tmp_path / "parts", "bert", "osf", options, tasks=("one",)).train(resume_from_checkpoint=True)
+    assert_same_files(load_published(tmp_path / "whole"), load_published(tmp_path / "parts"))
+
+
+def test_keeplora_protects_the_weights_after_tasks_of_another_method(tmp_path):
+    make_trainer(tmp_path, "bert", "eblora", {"energy_threshold": 0.5}, tasks=("one",)).train()
+    options = {"weight_energy": 0.3, "energy_threshold": 0.5}
+    tasks = {"two": make_data("bert", 1), "three": make_data("bert", 2)}
+    trainer = make_trainer(tmp_path, "bert", "keeplora", options, train_dataset=tasks, sequence=tmp_path)
+    trainer.train()
+    published = PublishedSequence.open(tmp_path)
+    for layer in trainer.layers:
+        first = principal_weight_directions(layer.weight.detach(), 0.3)
+        basis = published.bases()[layer.name].double()
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-5, rtol=0)
+        assert ((first.double() - basis @ (basis.T @ first.double())).norm(dim=0) < 2e-3).all()
+    for task in published.tasks[1:]:
+        for name, delta in get_stock_deltas("bert", tmp_path / task.folder).items():
+            first = principal_weight_directions(make_model("bert").get_submodule(name).weight.detach(), 0.3)
+            assert (delta @ first).norm() < 2e-3 * delta.norm()
+
+
+def test_noise_of_a_moment_is_no_direction():
+    """Inputs that span five directions give a matrix of rank five, also at an energy threshold of 1."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 8))
+    peft = PeftModel(model, LoraConfig(r=2, target_modules=["0"]))
+    inputs = {"input": orthonormal(32, 5, dtype=torch.float32).T * torch.tensor([[3.0], [2.0], [1.0], [0.5], [0.2]])}
+    forward = lambda model, inputs: model(inputs["input"])  # noqa: E731
+    matrices = feature_matrices(peft, find_layers(peft, "default"), [(inputs, 5)], forward)
+    assert extend_basis(matrices["0"], threshold=1.0).columns.shape == (32, 5)
