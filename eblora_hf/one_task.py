@@ -28,7 +28,6 @@ from .composition import (
 )
 from .config import Task, TaskSequence
 from .constrained import ConstrainedMixin
-from .constraint import StiefelConstraint
 from .layers import find_layers
 from .methods import build_method
 from .publisher import PublishingMixin
@@ -70,7 +69,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
             output = super().train(checkpoint, trial, ignore_keys)  # the trainer's own loop
         learning_record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
         self.method.finish_training(self.layers)
-        factors = self.constraint.factors() if isinstance(self.constraint, StiefelConstraint) else None
+        factors = self.constraint.factors() if self.constraint is not None else {}
         accuracies = self._accuracies(task)
         self._unwrap()
         with self._kept_if_it_fails(task):

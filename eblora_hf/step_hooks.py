@@ -2,6 +2,7 @@
 
 import torch
 
+from .factors import Factors
 from .optimizers import plain_optimizer
 
 
@@ -67,6 +68,10 @@ class StepHooks:
             self.after_step()
 
     # ---- what the trainer records and saves ----
+
+    def factors(self) -> dict[str, Factors]:
+        """By layer name, factors in full precision to publish instead of parameters that may have rounded them."""
+        return {}
 
     @property
     def rates(self) -> dict[str, float]:
