@@ -266,6 +266,15 @@ def test_the_readme_shows_the_committed_results():
     assert all(run["sigma_ratio"][1] <= 0.6 for run in of["lora"].values())
 
 
+@pytest.mark.xfail(strict=True, reason="80.9 on average and 72.6 on seed 0: nothing protects the pre-training")
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2, 3, 4]])
+def test_eblora_keeps_82_percent_on_the_pre_training(seeds):
+    lines = read_results(ROOT / "benchmarks" / "digits" / "results.jsonl")
+    bases = [line["base"] for line in lines if line["method"] == "eblora" and line["seed"] in seeds]
+    assert len(bases) == len(seeds)
+    assert np.mean(bases) >= 82
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs_in_processes_and_resumes(tmp_path):
     """Two tasks, three methods, two seeds; a second call makes only what a kill left out, and finds the same."""
