@@ -14,11 +14,14 @@ Projecting the gradient alone would not do: an optimizer that rescales element b
 import torch
 from torch import nn
 
-from . import stiefel
-from .factors import Factors, FactorStack, check_state
+from . import stiefel, stiefel_inplace
+from .factor_stack import FactorStack, of_similar_width
+from .factors import Factors, check_state
 from .layers import AdaptedLayer
 from .optimizers import ParameterGroups, is_normalised
 from .step_hooks import StepHooks
+
+_LARGEST_GRAM = 1e4  # of X + δ where nobody looks: a step δ a hundred times as large as a factor is divergence
 
 
 class StiefelConstraint(StepHooks):
@@ -70,14 +73,13 @@ class StiefelConstraint(StepHooks):
         self.layers = layers
         self.direction_lr, self.scale_lr = direction_lr, scale_lr
         self.step_scaling, self.step_constant = step_scaling, float(step_constant)
-        self._tangent = stiefel.canonical_tangent if tangent == "canonical" else stiefel.orthogonal_tangent
+        self.tangent = tangent
         self._normalised = is_normalised(self.optimizer)
         self._check(factors, bases or {})
         self._stacks = self._stack(factors, bases or {})
-        self.scales = [
-            nn.Parameter(torch.tensor([factors[layer.name].s], dtype=_master_dtype(layer), device=layer.lora_B.device))
-            for layer in layers
-        ]
+        scales = {index: s for stack in self._stacks for index, s in zip(stack.layers, stack.scales, strict=False)}
+        self.scales = [scales[index] for index in range(len(layers))]
+        self._batches: list[list[tuple[FactorStack, slice]]] = []
         self._scale_optimizer = torch.optim.AdamW(
             self._scale_groups(),
             lr=scale_lr,
@@ -88,6 +90,11 @@ class StiefelConstraint(StepHooks):
         )
         self.attach()
         self.write()
+
+    def detach(self) -> None:
+        super().detach()
+        for stack in self._stacks:
+            stack.release()
 
     def _check(self, factors: dict[str, Factors], bases: dict[str, torch.Tensor]) -> None:
         for layer in self.layers:
@@ -106,21 +113,26 @@ class StiefelConstraint(StepHooks):
                 self.groups.base_lr(self.groups.index(parameter))
 
     def _stack(self, factors: dict[str, Factors], bases: dict[str, torch.Tensor]) -> list[FactorStack]:
-        rows: dict[tuple, list] = {}
+        """Stacks what has one shape, dtype, device and step; V by bases of about one width, which are padded."""
+        alike: dict[tuple, list] = {}
         for index, layer in enumerate(self.layers):
             dtype = _master_dtype(layer)
             basis = bases.get(layer.name)
             basis = None if basis is None or basis.shape[1] == 0 else basis.to(layer.lora_A.device, dtype)
             u, v = factors[layer.name].U, factors[layer.name].V
             for is_v, x, parameter, restriction in ((False, u, layer.lora_B, None), (True, v, layer.lora_A, basis)):
-                width = 0 if restriction is None else restriction.shape[1]
-                key = (is_v, x.shape, width, parameter.dtype, parameter.device)
+                step_factor = self._step_factor(parameter, *x.shape)
+                key = (is_v, x.shape, parameter.dtype, parameter.device, step_factor)
                 master = x.detach().to(parameter.device, dtype)
-                rows.setdefault(key, []).append((master, restriction, parameter, index))
+                alike.setdefault(key, []).append((master, restriction, parameter, index))
         stacks = []
-        for (is_v, _, width, _, _), members in rows.items():
-            masters, restrictions, parameters, indices = map(list, zip(*members, strict=True))
-            stacks.append(FactorStack(masters, restrictions if width else None, parameters, indices, is_v))
+        for (is_v, *_, step_factor), members in alike.items():
+            for group in of_similar_width([restriction for _, restriction, _, _ in members]):
+                masters, restrictions, parameters, indices = map(list, zip(*(members[i] for i in group), strict=True))
+                s = None if is_v else [factors[self.layers[index].name].s for index in indices]
+                scaling = None if is_v else [self.layers[index].scaling for index in indices]
+                bases_or_none = None if restrictions[0] is None else restrictions
+                stacks.append(FactorStack(masters, bases_or_none, parameters, indices, is_v, step_factor, s, scaling))
         return stacks
 
     def _scale_groups(self) -> list[dict]:
@@ -134,69 +146,90 @@ class StiefelConstraint(StepHooks):
 
     def before_step(self) -> None:
         """Turns gradients into tangent vectors and lends the optimizer the factors."""
+        self._batches = self._find_batches()
         with stiefel.full_precision():
-            for stack in self._stacks:
-                stack.active = [i for i, parameter in enumerate(stack.parameters) if parameter.grad is not None]
-                if stack.active:
-                    self._lend(stack, self.euclidean_gradients(stack))
-        for scale in self.scales:
-            if scale.grad is not None:
-                scale.grad.div_(self.gradient_scale)
+            for stack, rows in (run for batch in self._batches for run in batch):
+                self._lend(stack, rows)
 
-    def euclidean_gradients(self, stack: FactorStack) -> torch.Tensor:
+    def _find_batches(self) -> list[list[tuple[FactorStack, slice]]]:
         """
-        dL/dU or dL/dV of the active factors of a stack, `(k, d, r)`. Along with dL/dU it sets the gradients of s.
+        The runs of factors that are moved together: one by one on a CPU, whose cache holds about one; all of one rank
+        on other devices, where a decomposition of many matrices takes no longer than that of a few.
         """
-        gradients = stack.tall([stack.parameters[i].grad for i in stack.active])
-        if stack.is_v:
-            return gradients
-        layers = [stack.layers[i] for i in stack.active]
-        inner = (stack.of_active(stack.x) * gradients).sum(dim=(-2, -1))  # <dL/dB, U>, (k,)
-        ratios = self._scale_ratios(layers)  # s/γ
-        for layer, product in zip(layers, inner, strict=True):
-            self.scales[layer].grad = (product / self.layers[layer].scaling).reshape(1)
-        return gradients * ratios
+        batches: dict[tuple, list] = {}
+        for number, stack in enumerate(self._stacks):
+            stack.hold()
+            alone = stack.x.device.type == "cpu"
+            for rows in stack.active():
+                key = (number, rows.start) if alone else (stack.x.device, stack.x.dtype, stack.x.shape[-1])
+                batches.setdefault(key, []).append((stack, rows))
+        return list(batches.values())
 
-    def _scale_ratios(self, layers: list[int]) -> torch.Tensor:
-        """s/γ of some layers, `(k, 1, 1)`."""
-        return torch.stack([self.scales[layer] / self.layers[layer].scaling for layer in layers]).unsqueeze(-1)
-
-    def _lend(self, stack: FactorStack, gradients: torch.Tensor) -> None:
+    def _lend(self, stack: FactorStack, rows: slice) -> None:
         """Gives the optimizer tangent gradients, and the factors themselves as parameters."""
-        x = stack.of_active(stack.x)
-        tangents = stack.like_parameter(self._tangent(x, gradients, stack.of_active(stack.basis)))
-        for row, i in enumerate(stack.active):
-            parameter = stack.parameters[i]
-            parameter.grad.copy_(tangents[row])
-            if stack.lends_masters:
-                parameter.copy_(stack.like_parameter(x[row]))
-            else:
-                parameter.zero_()
+        x, values, gradients = stack.x[rows], stack.values[rows], stack.take_gradients(rows)
+        z = gradients.to(x.dtype)  # the same memory where it is the same dtype
+        inner = stiefel_inplace.tangent_(z, x, stack.basis_of(rows), self.tangent)
+        if not stack.is_v:
+            self.apply_chain_rule(stack, rows, z, inner)
+        if stack.lends_masters:
+            values.copy_(x)
+        else:
+            gradients.copy_(z)
+            values.zero_()
+
+    def apply_chain_rule(self, stack: FactorStack, rows: slice, z: torch.Tensor, inner: torch.Tensor) -> None:
+        """
+        Turns the tangent part of dL/dB into that of dL/dU, in place, and sets the gradients of s.
+
+        Args:
+            stack, rows: Which layers.
+            z (`torch.Tensor` of shape `(k, d, r)`): Tangent part of dL/dB.
+            inner (`torch.Tensor` of shape `(k, r, r)`): Uᵀ dL/dB, whose trace is <dL/dB, U>.
+        """
+        slope = inner.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / stack.scaling[rows]  # dL/ds, (k,)
+        torch.div(slope, self.gradient_scale, out=stack.s_gradients[rows])
+        for scale, gradient in zip(stack.scales[rows], stack.s_gradients[rows].split(1), strict=True):
+            scale.grad = gradient
+        z.mul_(stack.ratios(rows))
 
     def after_step(self) -> None:
-        """Takes the increments back onto the manifold, and steps s."""
-        with stiefel.full_precision():
-            for stack in self._stacks:
-                if stack.active:
-                    self._take_back(stack)
+        """Steps s, and takes the increments back onto the manifold."""
         for group in self._scale_optimizer.param_groups:
             group["lr"] = self.scale_lr * self.groups.schedule(group["followed"])
         self._scale_optimizer.step()
         self._scale_optimizer.zero_grad()
-        self.write()
+        with stiefel.full_precision():
+            for batch in self._batches:
+                self._take_back(batch)
+        self._batches = []
 
-    def _take_back(self, stack: FactorStack) -> None:
+    def _take_back(self, batch: list[tuple[FactorStack, slice]]) -> None:
         """Projects the increments the optimizer made and retracts."""
-        x, basis = stack.of_active(stack.x), stack.of_active(stack.basis)
-        parameters = [stack.parameters[i] for i in stack.active]
-        increments = stack.tall(parameters)
-        if stack.lends_masters:
-            increments = increments - x
-        steps = [self._step_factor(parameter, *x.shape[-2:]) for parameter in parameters]
-        increments = increments * x.new_tensor(steps).reshape(-1, 1, 1)
-        stack.x[stack.active] = stiefel.polar_retraction(x, self._tangent(x, increments, basis), basis)
+        moved, grams = [], []
+        for stack, rows in batch:
+            x, y = stack.x[rows], stack.values[rows].to(stack.x.dtype)  # the parameters' memory, if of that dtype
+            basis = stack.basis_of(rows)
+            if stack.lends_masters:
+                y.sub_(x)
+            if stack.exact_bases and all(stack.on_manifold[rows]):
+                grams.append(stiefel_inplace.move_(y, x, basis, self.tangent, stack.step_factor))
+            else:  # the maps as they are defined
+                maps = {"canonical": stiefel.canonical_tangent, "orthogonal": stiefel.orthogonal_tangent}
+                delta = maps[self.tangent](x, stack.step_factor * y, basis)
+                y.copy_(stiefel.polar_retraction(x, delta, basis))
+                grams.append(y.mT @ y)
+            moved.append(y)
+        # a CPU looks how far the steps went; elsewhere that would be waiting for the device
+        largest = None if batch[0][0].x.device.type == "cpu" else _LARGEST_GRAM
+        roots = stiefel_inplace.inverse_root(torch.cat(grams), largest).split([len(y) for y in moved])
+        for (stack, rows), y, root in zip(batch, moved, roots, strict=True):
+            stiefel_inplace.retract_(stack.x[rows], y, root)
+            stack.on_manifold[rows] = [True] * len(y)
+            self._write(stack, rows)
 
     def _step_factor(self, parameter: nn.Parameter, d: int, r: int) -> float:
+        """κ, by which an increment of the optimizer is multiplied."""
         if self.step_scaling == "rank":
             return (self.step_constant / r) ** 0.5
         if self.step_scaling == "rows":
@@ -209,9 +242,17 @@ class StiefelConstraint(StepHooks):
     def write(self) -> None:
         """Writes A = Vᵀ and B = (s/γ) U into the model."""
         for stack in self._stacks:
-            x = stack.x if stack.is_v else stack.x * self._scale_ratios(stack.layers)
-            for row, parameter in zip(stack.like_parameter(x), stack.parameters, strict=True):
-                parameter.copy_(row)
+            stack.hold()
+            self._write(stack, slice(0, len(stack.layers)))
+
+    def _write(self, stack: FactorStack, rows: slice) -> None:
+        x, values = stack.x[rows], stack.values[rows]
+        if stack.is_v:
+            values.copy_(x)
+        elif stack.lends_masters:
+            torch.mul(x, stack.ratios(rows), out=values)
+        else:
+            values.copy_(x * stack.ratios(rows))
 
     # ---- state ----
 

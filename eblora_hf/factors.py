@@ -5,7 +5,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from .layers import AdaptedLayer
 
@@ -26,46 +25,6 @@ class Factors:
     U: torch.Tensor
     V: torch.Tensor
     s: float
-
-
-class FactorStack:
-    """
-    Factors of one shape, stacked so that each operation is one batched call.
-
-    Args:
-        masters (`list[torch.Tensor]`): U or V of each factor, `(d, r)`, float32 or wider.
-        bases (`list[torch.Tensor]`, *optional*): Their bases, `(d, p)`.
-        parameters (`list[nn.Parameter]`): lora_B where the factor is U, lora_A where it is V.
-        layers (`list[int]`): Index of the layer of each factor.
-        is_v (`bool`): Whether the factors are V: its parameter lora_A is stored transposed.
-    """
-
-    def __init__(
-        self,
-        masters: list[torch.Tensor],
-        bases: list[torch.Tensor] | None,
-        parameters: list[nn.Parameter],
-        layers: list[int],
-        is_v: bool,
-    ):
-        self.x = torch.stack(masters)  # (n, d, r)
-        self.basis = None if bases is None else torch.stack(bases)  # (n, d, p)
-        self.parameters, self.layers, self.is_v = parameters, layers, is_v
-        # bf16 cannot hold a master, and a small increment on top of one would be lost to rounding: such a parameter
-        # goes through the optimizer's step as zero instead
-        self.lends_masters = parameters[0].dtype == self.x.dtype
-        self.active: list[int] = []  # factors whose parameter has a gradient in this step
-
-    def tall(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Stacks tensors shaped like the parameters into `(k, d, r)`, in the masters' dtype."""
-        stacked = torch.stack(tensors).to(self.x.dtype)
-        return stacked.mT if self.is_v else stacked
-
-    def like_parameter(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mT if self.is_v else x
-
-    def of_active(self, stacked: torch.Tensor | None) -> torch.Tensor | None:
-        return stacked if stacked is None or len(self.active) == len(self.parameters) else stacked[self.active]
 
 
 def factors_from_state(state: dict[str, torch.Tensor], layers: list[AdaptedLayer]) -> dict[str, Factors]:

@@ -42,7 +42,7 @@ def canonical_tangent(x: torch.Tensor, z: torch.Tensor, basis: torch.Tensor | No
         `torch.Tensor` of shape `(..., d, r)`.
     """
     z = restrict(z, basis)
-    return z - x @ (z.mT @ x)
+    return z - x @ in_span(x.mT @ z, "canonical")
 
 
 def orthogonal_tangent(x: torch.Tensor, z: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,8 +52,12 @@ def orthogonal_tangent(x: torch.Tensor, z: torch.Tensor, basis: torch.Tensor | N
     Args and return value are those of [`canonical_tangent`].
     """
     z = restrict(z, basis)
-    inner = x.mT @ z  # (..., r, r)
-    return z - x @ ((inner + inner.mT) / 2)
+    return z - x @ in_span(x.mT @ z, "orthogonal")
+
+
+def in_span(inner: torch.Tensor, tangent: str) -> torch.Tensor:
+    """What the `"canonical"` or `"orthogonal"` map takes off inside the span of X, given XᵀZ `(..., r, r)`."""
+    return inner.mT if tangent == "canonical" else (inner + inner.mT) / 2
 
 
 def polar_factor(y: torch.Tensor) -> torch.Tensor:

@@ -106,13 +106,9 @@ class _GivenGradients(StiefelConstraint):
 
     given: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-    def euclidean_gradients(self, stack):
-        gradients = []
-        for index in (stack.layers[i] for i in stack.active):
-            g_u, g_a, g_s = self.given[self.layers[index].name]
-            gradients.append(g_a.mT if stack.is_v else g_u)
-            self.scales[index].grad = g_s.clone()
-        return torch.stack(gradients)
+    def apply_chain_rule(self, stack, rows, z, inner):
+        for scale, layer in zip(stack.scales[rows], stack.layers[rows], strict=True):
+            scale.grad = self.given[self.layers[layer].name][2].clone()
 
 
 @pytest.mark.parametrize("case", cases("trajectory"))
@@ -142,8 +138,8 @@ def test_trajectory(case):
         if hyper["lr_per_step"] is not None:
             optimizer.param_groups[0]["lr"] = hyper["lr_per_step"][step]
         constraint.given = {name: tuple(data[f"{name}.{key}"][step] for key in ("gU", "gA", "gs")) for name in names}
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        for layer in layers:
+            layer.lora_B.grad, layer.lora_A.grad = (given.clone() for given in constraint.given[layer.name][:2])
         optimizer.step()
         for layer, scale in zip(layers, constraint.scales, strict=True):
             factors = constraint.factors()[layer.name]
@@ -239,10 +235,10 @@ def test_layer(case):
     compare(case, "gA", layer.lora_A.grad)
 
     class Gradients(StiefelConstraint):
-        def _lend(self, stack, gradients):
+        def _lend(self, stack, rows):
             if not stack.is_v:
-                self.g_u = gradients[0].clone()
-            super()._lend(stack, gradients)
+                self.g_u = stack.ratios(rows)[0] * stack.parameters[0].grad
+            super()._lend(stack, rows)
 
         def _after_step(self, optimizer, args, kwargs):
             self.g_s = self.scales[0].grad.clone()

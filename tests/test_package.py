@@ -12,12 +12,13 @@ import eblora_hf
 
 ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
-    {"stiefel", "subspace", "metrics", "files", "version"},
+    {"stiefel", "stiefel_inplace", "subspace", "metrics", "files", "version"},
     {
         "layers",
         "gradients",
         "moments",
         "factors",
+        "factor_stack",
         "optimizers",
         "step_hooks",
         "constraint",
