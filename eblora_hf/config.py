@@ -26,9 +26,9 @@ class EBLoRAConfig:
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
         basis_from (`str`, *optional*): What a basis is grown from after a task: its mean gradient (`"gradients"`, as
             published for EBLoRA), the gradients of its single tokens, which do not cancel out
-            (`"token-gradients"`), or the inputs of the layers (`"features"`). The latter two take a float32 matrix
-            d_in x d_in a layer while a snapshot is taken. By default token gradients for EBLoRA and gradients for
-            KeepLoRA.
+            (`"token-gradients"`), or the inputs of the layers (`"features"`). A snapshot takes a float32 matrix a
+            layer, of the weight's shape for the first and d_in x d_in for the others; see `snapshot_sketch`. By
+            default token gradients for EBLoRA and gradients for KeepLoRA.
         energy_threshold (`float`, *optional*): Share ε of that energy that the basis must hold. By default 0.99 of
             mean gradients, and 0.97 of the others.
         weight_energy (`float`, defaults to 0.6): Share of the energy ‖W‖² of each weight whose directions are
@@ -43,6 +43,9 @@ class EBLoRAConfig:
             spacing as in the released code.
         snapshot_at (`str`, defaults to `"current"`): Weights at which snapshots are taken: `"current"`, or
             `"pretrained"` as in the released code.
+        snapshot_offload (`bool`, defaults to `False`): Sum snapshots in the memory of the CPU instead of the device.
+        snapshot_sketch (`int`, *optional*): Keep sketches of so many columns of a snapshot's matrices instead of the
+            matrices. A basis then takes some more columns; one that may hold less than `energy_threshold` is refused.
         init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.
         init_scale_beta (`float`, defaults to 0.008): How much larger |s| is at the last block.
         num_layers (`int`, *optional*): Number of blocks in that rule, by default the model's own (the released code:
@@ -89,6 +92,12 @@ class EBLoRAConfig:
     )
     snapshot_at: Literal["current", "pretrained"] = dataclasses.field(
         default="current", metadata={"help": "Weights at which snapshots are taken."}
+    )
+    snapshot_offload: bool = dataclasses.field(
+        default=False, metadata={"help": "Sum snapshots in the memory of the CPU."}
+    )
+    snapshot_sketch: Optional[int] = dataclasses.field(  # noqa: UP045
+        default=None, metadata={"help": "Keep sketches of so many columns of a snapshot's matrices."}
     )
     init_scale_alpha: float = dataclasses.field(
         default=0.002, metadata={"help": "|s| of the first block at the start of a task."}
@@ -137,8 +146,9 @@ class EBLoRAConfig:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
         if self.method == "inflora" and self.basis_from not in (None, "features"):
             raise ValueError(f"EBLoRAConfig(basis_from={self.basis_from!r}): InfLoRA's basis is one of features.")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(f"EBLoRAConfig(num_layers={self.num_layers!r}): expected a positive number.")
+        for name in ("num_layers", "snapshot_sketch"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
+                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a positive number.")
 
     @classmethod
     def preset(cls, name: str) -> "EBLoRAConfig":

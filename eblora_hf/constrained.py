@@ -16,6 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .accumulators import Storage
 from .composition import EARLIER_TASKS, activate
 from .config import EBLoRAConfig
 from .factors import load_state, save_state
@@ -23,16 +24,16 @@ from .files import json_bytes, write
 from .gradients import mean_gradients, snapshot_indices
 from .layers import AdaptedLayer
 from .methods import Method
-from .methods.base import Snapshot
-from .moments import feature_matrices, token_gradient_matrices
+from .methods.base import Snapshot, Snapshots
+from .moments import feature_moments, token_gradient_moments
 from .optimizers import plain_optimizer
 from .step_hooks import StepHooks
 
 METHOD_FILE = "eblora_method.json"  # beside each checkpoint
 _COLLECTORS = {
     "gradients": mean_gradients,
-    "token-gradients": token_gradient_matrices,
-    "features": feature_matrices,
+    "token-gradients": token_gradient_moments,
+    "features": feature_moments,
 }
 
 
@@ -63,7 +64,7 @@ class ConstrainedMixin:
             self.constraint.detach()
         self.constraint, self._start, self._state = None, start, None
 
-    def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> dict[str, torch.Tensor]:
+    def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> Snapshots:
         """
         What a data set says of the full weights, through the trainer's own collator and loss.
 
@@ -71,11 +72,11 @@ class ConstrainedMixin:
             dataset: A map-style data set; `snapshot_fraction` of it is used.
             seed (`int`): Seed of that choice.
             of (`str`, *optional*): `"gradients"`, the mean gradient of each layer `(d_out, d_in)`;
-                `"token-gradients"` or `"features"`, a matrix `(d_in, d_in)` with the second moment of its tokens'
-                gradients or inputs. `None` for nothing.
+                `"token-gradients"` or `"features"`, the second moment `(d_in, d_in)` of its tokens' gradients or
+                inputs. `None` for nothing.
 
         Returns:
-            `dict[str, torch.Tensor]`: By layer name.
+            `dict[str, torch.Tensor]`: By layer name; with `snapshot_sketch` [`Sketch`] objects.
         """
         if of is None:
             return {}
@@ -89,6 +90,7 @@ class ConstrainedMixin:
         self.args = arguments
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
+        storage = Storage(config.snapshot_offload, config.snapshot_sketch)
         pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
 
         def loss(model: PeftModel, inputs: dict) -> torch.Tensor:
@@ -108,7 +110,7 @@ class ConstrainedMixin:
                 module.training = True  # the module itself, not its children: it checkpoints in training mode alone
         try:
             with pretrained():
-                return _COLLECTORS[of](self.model, self.layers, batches(), loss)
+                return _COLLECTORS[of](self.model, self.layers, batches(), loss, storage)
         finally:
             self.model.train(training)
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from .accumulators import Storage
 from .layers import AdaptedLayer
+from .sketch import Sketch
+
+_ON_DEVICE = Storage()
 
 
 def snapshot_indices(num_samples: int, fraction: float, seed: int | None = None) -> list[int]:
@@ -41,43 +45,42 @@ def mean_gradients(
     layers: list[AdaptedLayer],
     batches: Iterable[tuple[dict, int]],
     loss: Callable[[nn.Module, dict], torch.Tensor],
-) -> dict[str, torch.Tensor]:
+    storage: Storage = _ON_DEVICE,
+) -> dict[str, torch.Tensor | Sketch]:
     """
     Mean gradient of a loss with respect to the full weight of each layer, Σ_b n_b G_b / Σ_b n_b, summed in float32.
 
     Each weight's gradient is moved into the sum as soon as backward has produced it and then freed, so the extra
-    memory is one copy of the target weights in float32 plus one gradient. With `torch.distributed` running, every
-    process passes its own batches and all get the mean over all.
+    memory is one copy of the target weights in float32 plus one gradient, or what `storage` makes of it. With
+    `torch.distributed` running, every process passes its own batches and all get the mean over all.
 
     Args:
         model (`nn.Module`): The model, unwrapped. Its parameters, their gradients and flags are left as they were.
         layers (`list[AdaptedLayer]`): The layers to take gradients of.
         batches (iterable of `(inputs, n)`): Batches with their weight n in the mean, usually the number of samples.
         loss (`Callable`): Maps model and inputs to the scalar mean loss of the batch.
+        storage ([`Storage`], *optional*): Where the sums are kept, and whether they are sketches.
 
     Returns:
         `dict[str, torch.Tensor]`: Per layer name, G of shape `(d_out, d_in)` in float32 (float64 for a float64
-            weight).
+            weight); or a [`Sketch`] of it.
 
     Raises:
         ValueError: if there is no batch, or a layer received no gradient; the message names the layer.
     """
-    sums: dict[str, torch.Tensor] = {}
+    sums = {layer.name: storage.matrix(layer.d_out, layer.d_in) for layer in layers}
     weight_sum = 0.0
     batch_weight = 0.0
 
-    def collect(name: str) -> Callable[[nn.Parameter], None]:
+    def collect(layer: AdaptedLayer) -> Callable[[nn.Parameter], None]:
         def hook(weight: nn.Parameter) -> None:
             gradient, weight.grad = weight.grad, None
-            if name in sums:
-                sums[name].add_(gradient, alpha=batch_weight)
-            else:
-                sums[name] = gradient.detach().to(_sum_dtype(gradient)).mul_(batch_weight)
+            sums[layer.name].add(layer.oriented(gradient), batch_weight)
 
         return hook
 
     with only_trainable(model, [layer.weight for layer in layers]):
-        handles = [layer.weight.register_post_accumulate_grad_hook(collect(layer.name)) for layer in layers]
+        handles = [layer.weight.register_post_accumulate_grad_hook(collect(layer)) for layer in layers]
         try:
             for inputs, batch_weight in batches:
                 loss(model, inputs).backward()
@@ -85,26 +88,31 @@ def mean_gradients(
         finally:
             for handle in handles:
                 handle.remove()
+    reached = torch.tensor([weight_sum, *(float(not sums[layer.name].empty) for layer in layers)], dtype=torch.float64)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        reached = reached.to(layers[0].weight.device)
+        torch.distributed.all_reduce(reached)
         for layer in layers:  # a process whose batches did not reach a layer takes part all the same
-            sums.setdefault(layer.name, torch.zeros_like(layer.weight, dtype=_sum_dtype(layer.weight)))
-        total = torch.tensor(weight_sum, dtype=torch.float64, device=layers[0].weight.device)
-        for summand in (total, *(sums[layer.name] for layer in layers)):
-            torch.distributed.all_reduce(summand)
-        weight_sum = total.item()
+            for summand in sums[layer.name].tensors(like=layer.weight):
+                all_reduce(summand, layer.weight.device)
+    weight_sum, *counts = reached.tolist()
     if weight_sum == 0:
         raise ValueError("The gradient snapshot needs data, but no batch was given.")
-    for layer in layers:
-        if layer.name not in sums:
+    for layer, count in zip(layers, counts, strict=True):
+        if count == 0:
             raise ValueError(
                 f"{layer.name}: the loss sends no gradient to this layer, so it cannot be protected. Leave it out of "
                 "`target_modules`."
             )
-    return {layer.name: layer.oriented(sums[layer.name].div_(weight_sum)) for layer in layers}
+    return {layer.name: sums[layer.name].mean(weight_sum) for layer in layers}
 
 
-def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
+    """Sums a tensor over all processes, in place; one kept on the CPU goes through `device` where NCCL needs it."""
+    moved = tensor.to(device)
+    torch.distributed.all_reduce(moved)
+    if moved is not tensor:
+        tensor.copy_(moved)
 
 
 @contextlib.contextmanager

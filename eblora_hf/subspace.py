@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .stiefel import check_feasible, full_precision, polar_factor, restrict
+from .spectrum import leading_directions, noise_energy, principal_triplets
+from .stiefel import check_feasible, full_precision, restrict
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class BasisExtension:
 
 
 def extend_basis(
-    gradient: torch.Tensor,
+    matrix: torch.Tensor,
     basis: torch.Tensor | None = None,
     *,
     threshold: float = 0.99,
     max_columns: int | None = None,
+    second_moment: bool = False,
+    total: float | None = None,
     name: str = "gradient",
 ) -> BasisExtension:
     """
@@ -42,62 +45,80 @@ def extend_basis(
 
     With E = ‖G‖² and the residual R = G - (G F) Fᵀ of singular values σ, the basis already holds a₀ = (E - ‖R‖²) / E
     and k = min {k : a₀ + Σ_{i≤k} σᵢ² / E >= threshold}; the new columns are the leading k right singular vectors of R.
-    For a first task F is empty and a₀ = 0.
+    For a first task F is empty and a₀ = 0. Large matrices of low rank are searched at random, see
+    [`leading_directions`]: the captured energy is then that of the columns found, and k at most one larger.
 
     Args:
-        gradient (`torch.Tensor` of shape `(d_out, d_in)`): Mean gradient of a task with respect to a weight.
+        matrix (`torch.Tensor` of shape `(d_out, d_in)`): Mean gradient G of a task with respect to a weight.
         basis (`torch.Tensor` of shape `(d_in, p)`, *optional*): Orthonormal basis of the tasks before.
         threshold (`float`, defaults to 0.99): Share of the energy to capture, in (0, 1].
         max_columns (`int`, *optional*): Cap on k; the columns of largest energy are kept.
+        second_moment (`bool`, defaults to `False`): The matrix is K = GᵀG `(d_in, d_in)`, whose energy is its trace.
+        total (`float`, *optional*): E, where it is known and `matrix` is a part of what it belongs to (a sketch).
         name (`str`): Layer to name in errors.
 
     Returns:
-        [`BasisExtension`] in the gradient's dtype (float32 for half precision).
+        [`BasisExtension`] in the matrix's dtype (float32 for half precision).
 
     Raises:
-        ValueError: if the gradient is all zero or not finite, or a shape or the threshold is wrong.
+        ValueError: if the matrix is all zero or not finite, a shape or the threshold is wrong, or a sketch holds less
+            than the threshold.
     """
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"threshold is the share of energy to capture and lies in (0, 1], got {threshold}.")
-    gradient = check_gradient(gradient, name)
-    basis = None if basis is None else basis.to(gradient)
-    if basis is not None and basis.shape[0] != gradient.shape[1]:
+    matrix = check_gradient(matrix, name)
+    basis = None if basis is None else basis.to(matrix)
+    if basis is not None and basis.shape[0] != matrix.shape[1]:
         raise ValueError(
-            f"{name}: a basis of shape {tuple(basis.shape)} does not fit a gradient of shape {tuple(gradient.shape)}: "
-            f"expected ({gradient.shape[1]}, p)."
+            f"{name}: a basis of shape {tuple(basis.shape)} does not fit a gradient of shape {tuple(matrix.shape)}: "
+            f"expected ({matrix.shape[1]}, p)."
         )
     with full_precision():
-        residual = restrict(gradient.mT, basis).mT  # R, (d_out, d_in)
-        total, rest = _energy(gradient), _energy(residual)  # E and ‖R‖²: Frobenius norms, no decomposition needed
-        inside = 0.0 if basis is None else (total - rest) / total  # a₀
-        _, sigma, right = torch.linalg.svd(residual, full_matrices=False)
-        energies = inside + sigma.double().square().cumsum(0) / total  # a₁, a₂, …
+        energy = _trace if second_moment else _energy
+        residual = outside(matrix, basis, second_moment=second_moment)
+        held, rest = energy(matrix), energy(residual)  # no decomposition needed
+        total = held if total is None else total
+        inside = 0.0 if basis is None else (held - rest) / total  # a₀
+        directions, found = leading_directions(residual, (threshold - inside) * total, second_moment=second_moment)
+        energies = inside + found.cumsum(0) / total  # a₁, a₂, …
         wanted = 0 if inside >= threshold else int((energies < threshold).sum()) + 1
-        available = int((sigma > _noise(gradient, total)).sum())
+        available = int((found > noise_energy(matrix, held, second_moment=second_moment)).sum())
         kept = min(wanted, available if max_columns is None else min(available, max_columns))
-        columns = right[:kept].mT  # (d_in, k)
-        if basis is not None and kept > 0:
-            columns = orthonormalize_against(columns, basis)
+        columns = orthonormalize_against(directions[:, :kept], basis)  # (d_in, k)
     captured = float(energies[kept - 1]) if kept > 0 else float(inside)
     return BasisExtension(columns.contiguous(), captured, capped=kept < min(wanted, available))
 
 
-def orthonormalize_against(columns: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def outside(matrix: torch.Tensor, basis: torch.Tensor | None, *, second_moment: bool = False) -> torch.Tensor:
+    """
+    What of a matrix lies outside a basis: G P `(d_out, d_in)`, or P K P of a second moment, with P = I - F Fᵀ.
+    """
+    residual = restrict(matrix.mT, basis).mT
+    if second_moment and basis is not None:
+        residual = restrict(residual, basis)
+        residual = (residual + residual.mT) / 2
+    return residual
+
+
+def orthonormalize_against(columns: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
     """
     Makes nearly orthonormal `columns` orthonormal, and orthogonal to `basis`, to the rounding floor of the dtype.
 
-    Two passes of projection and polar factor: one pass leaves what rounding of the first projection left behind, and
-    over tasks it adds up.
+    Two passes of projection and a Newton step towards the polar factor, which squares the deviation: one pass leaves
+    what rounding of the first projection left behind, and over tasks it adds up.
 
     Args:
-        columns (`torch.Tensor` of shape `(d, k)`): Linearly independent columns outside the span of `basis`.
-        basis (`torch.Tensor` of shape `(d, p)`): Orthonormal columns.
+        columns (`torch.Tensor` of shape `(d, k)`): Columns orthonormal to some per cent (bf16 keeps three digits),
+            outside the span of `basis` to as much.
+        basis (`torch.Tensor` of shape `(d, p)`, *optional*): Orthonormal columns.
 
     Returns:
         `torch.Tensor` of shape `(d, k)`.
     """
+    identity = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
     for _ in range(2):
-        columns = polar_factor(restrict(columns, basis))
+        columns = restrict(columns, basis)
+        columns = columns + columns @ (identity - columns.mT @ columns) / 2
     return columns
 
 
@@ -129,16 +150,16 @@ def principal_directions(
     check_feasible(d_out, rank, name=name)
     check_feasible(d_in, rank, basis.shape[1], name=name)
     with full_precision():
-        residual = restrict(gradient.mT, basis).mT  # R, (d_out, d_in)
-        left, sigma, right = torch.linalg.svd(residual, full_matrices=False)
+        residual = outside(gradient, basis)  # R, (d_out, d_in)
+        left, sigma, v = principal_triplets(residual, rank)
         # Right singular vectors without energy are arbitrary and may lie inside the basis: any free direction replaces
         # them. Those with energy avoid the basis up to rounding.
-        used = int((sigma[:rank] > _noise(gradient, _energy(gradient))).sum())
-        v = right[:used].mT
+        used = int((sigma.double().square() > noise_energy(gradient, _energy(gradient))).sum())
+        v = v[:, :used]
         if used < rank:
             v = torch.cat([v, _free_directions(torch.cat([basis, v], dim=1), rank - used)], dim=1)
         v = orthonormalize_against(v, basis)
-    return left[:, :rank].contiguous(), sigma[:rank], v.contiguous()
+    return left.contiguous(), sigma, v.contiguous()
 
 
 def principal_weight_directions(weight: torch.Tensor, threshold: float, *, name: str = "weight") -> torch.Tensor:
@@ -160,9 +181,10 @@ def principal_weight_directions(weight: torch.Tensor, threshold: float, *, name:
         ValueError: if the weight is all zero or not finite.
     """
     weight = check_gradient(weight, name)
-    _, sigma, right = torch.linalg.svd(weight, full_matrices=False)
-    energies = sigma.double().square().cumsum(0) / _energy(weight)
-    return right[: max(int((energies < threshold).sum()), 1)].mT.contiguous()
+    total = _energy(weight)
+    with full_precision():
+        directions, energies = leading_directions(weight, threshold * total)
+    return directions[:, : max(int((energies.cumsum(0) / total < threshold).sum()), 1)].contiguous()
 
 
 def decompose_product(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -218,13 +240,14 @@ def _energy(matrix: torch.Tensor) -> float:
     return matrix.square().sum(dtype=torch.float64).item()
 
 
-def _noise(gradient: torch.Tensor, energy: float) -> float:
-    """The size of a singular value that is rounding error of a decomposition of `gradient`."""
-    return energy**0.5 * max(gradient.shape) * torch.finfo(gradient.dtype).eps
+def _trace(matrix: torch.Tensor) -> float:
+    return matrix.diagonal().sum(dtype=torch.float64).item()
 
 
 def _free_directions(taken: torch.Tensor, count: int) -> torch.Tensor:
     """`count` orthonormal columns outside the span of the orthonormal columns `taken`, the same ones on every call."""
-    generator = torch.Generator().manual_seed(0)
+    dtype, generator = taken.dtype, torch.Generator().manual_seed(0)
     columns = torch.randn(taken.shape[0], count, generator=generator, dtype=torch.float64).to(taken.device)
-    return orthonormalize_against(columns, taken.double()).to(taken.dtype)
+    taken = taken.double()
+    columns = torch.linalg.qr(restrict(columns, taken)).Q
+    return orthonormalize_against(columns, taken).to(dtype)

@@ -267,7 +267,8 @@ def test_gradient_snapshot(case):
 
     class OneLayer:
         name = "layer"
-        weight = nn.Parameter(torch.zeros(hyper["d_out"], hyper["d_in"], dtype=table.dtype))
+        d_out, d_in = hyper["d_out"], hyper["d_in"]
+        weight = nn.Parameter(torch.zeros(d_out, d_in, dtype=table.dtype))
 
         @staticmethod
         def oriented(gradient):

@@ -15,7 +15,7 @@ from eblora_hf.composition import EARLIER_TASKS, current_weight
 from eblora_hf.layers import find_layers
 from eblora_hf.methods import Method, build_method
 from eblora_hf.methods.olora import OrthogonalityPenalty
-from eblora_hf.moments import feature_matrices, token_gradient_matrices
+from eblora_hf.moments import feature_moments, token_gradient_moments
 from eblora_hf.subspace import extend_basis, principal_weight_directions
 
 from .conftest import lora, make_arguments, make_model, make_text_data, orthonormal
@@ -225,7 +225,7 @@ def test_features_have_the_moment_of_the_inputs_without_padding(seed):
     mask[:, 5:] = 0
     batches = [({**data[i : i + 8], "attention_mask": mask[i : i + 8]}, 8) for i in range(0, 24, 8)]
     peft.eval()
-    matrices = feature_matrices(peft, layers, batches, lambda model, inputs: model(**inputs))
+    matrices = feature_moments(peft, layers, batches, lambda model, inputs: model(**inputs))
     inputs = {}
     first = next(layer for layer in layers if layer.name.endswith("layer.0.attention.self.query"))
     handle = first.module.register_forward_pre_hook(lambda module, args: inputs.update(x=args[0]))
@@ -233,7 +233,7 @@ def test_features_have_the_moment_of_the_inputs_without_padding(seed):
         peft(**{**data[:], "attention_mask": mask})
     handle.remove()
     x = inputs["x"][:, :5].reshape(-1, first.d_in)
-    torch.testing.assert_close(matrices[first.name].T @ matrices[first.name], x.T @ x / len(x))
+    torch.testing.assert_close(matrices[first.name], x.T @ x / len(x))
     assert all(matrix.dtype == torch.float64 for matrix in matrices.values())
 
 
@@ -247,7 +247,7 @@ def test_token_gradients_have_the_moment_of_single_gradients(kind, seed):
     data = make_text_data(kind, seed, size=6, length=4)
     batches = [(data[:4], 4), (data[4:], 2)]
     flags = [parameter.requires_grad for parameter in peft.parameters()]
-    matrices = token_gradient_matrices(peft.eval(), layers, batches, lambda model, inputs: model(**inputs).loss)
+    matrices = token_gradient_moments(peft.eval(), layers, batches, lambda model, inputs: model(**inputs).loss)
     assert flags == [parameter.requires_grad for parameter in peft.parameters()]
     assert all(parameter.grad is None for parameter in peft.parameters())
     layer = layers[seed]
@@ -265,7 +265,7 @@ def test_token_gradients_have_the_moment_of_single_gradients(kind, seed):
             gradient = torch.outer(delta, x)  # (d_out, d_in)
             wanted += gradient.T @ gradient / (6 * 4)
     handle.remove()
-    torch.testing.assert_close(matrices[layer.name].T @ matrices[layer.name], wanted)
+    torch.testing.assert_close(matrices[layer.name], wanted)
 
 
 def test_token_gradients_work_on_frozen_models_and_under_checkpointing():
@@ -274,22 +274,22 @@ def test_token_gradients_work_on_frozen_models_and_under_checkpointing():
     layers = find_layers(peft, "default")
     batches = [(make_text_data("llama")[:4], 4)]
     loss = lambda model, inputs: model(**inputs).loss  # noqa: E731
-    plain = token_gradient_matrices(peft.eval(), layers, batches, loss)
+    plain = token_gradient_moments(peft.eval(), layers, batches, loss)
     with peft.disable_adapter():
-        frozen = token_gradient_matrices(peft, layers, batches, loss)
+        frozen = token_gradient_moments(peft, layers, batches, loss)
     peft.gradient_checkpointing_enable({"use_reentrant": False})
     peft.train()
-    checkpointed = token_gradient_matrices(peft, layers, batches, loss)
+    checkpointed = token_gradient_moments(peft, layers, batches, loss)
     for name in plain:  # a fresh adapter changes nothing
-        torch.testing.assert_close(frozen[name].T @ frozen[name], plain[name].T @ plain[name])
-        torch.testing.assert_close(checkpointed[name].T @ checkpointed[name], plain[name].T @ plain[name])
+        torch.testing.assert_close(frozen[name], plain[name])
+        torch.testing.assert_close(checkpointed[name], plain[name])
 
 
 def test_features_need_data_and_a_used_layer():
     peft = PeftModel(make_model("bert"), LoraConfig(r=2, target_modules=["query"]))
     layers = find_layers(peft, "default")
     with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query: the snapshot's batches say nothing"):
-        feature_matrices(peft, layers, [], lambda model, inputs: model(**inputs))
+        feature_moments(peft, layers, [], lambda model, inputs: model(**inputs))
 
 
 # ---- orthogonal subspace fine-tuning ----
@@ -445,10 +445,10 @@ def test_keeplora_protects_the_weights_after_tasks_of_another_method(tmp_path):
 
 
 def test_noise_of_a_moment_is_no_direction():
-    """Inputs that span five directions give a matrix of rank five, also at an energy threshold of 1."""
+    """Inputs that span five directions give a basis of five, also at an energy threshold of 1."""
     model = torch.nn.Sequential(torch.nn.Linear(32, 8))
     peft = PeftModel(model, LoraConfig(r=2, target_modules=["0"]))
     inputs = {"input": orthonormal(32, 5, dtype=torch.float32).T * torch.tensor([[3.0], [2.0], [1.0], [0.5], [0.2]])}
     forward = lambda model, inputs: model(inputs["input"])  # noqa: E731
-    matrices = feature_matrices(peft, find_layers(peft, "default"), [(inputs, 5)], forward)
-    assert extend_basis(matrices["0"], threshold=1.0).columns.shape == (32, 5)
+    matrices = feature_moments(peft, find_layers(peft, "default"), [(inputs, 5)], forward)
+    assert extend_basis(matrices["0"], threshold=1.0, second_moment=True).columns.shape == (32, 5)

@@ -12,11 +12,12 @@ import eblora_hf
 
 ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
-    {"stiefel", "stiefel_inplace", "subspace", "metrics", "files", "version"},
+    {"stiefel", "stiefel_inplace", "subspace", "spectrum", "sketch", "metrics", "files", "version"},
     {
         "layers",
         "gradients",
         "moments",
+        "accumulators",
         "factors",
         "factor_stack",
         "optimizers",

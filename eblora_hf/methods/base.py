@@ -6,10 +6,12 @@ import torch
 
 from ..config import EBLoRAConfig
 from ..layers import AdaptedLayer
+from ..sketch import Sketch, extend_basis_from_sketch, principal_directions_from_sketch
 from ..step_hooks import StepHooks
-from ..subspace import BasisExtension, column_cap, extend_basis
+from ..subspace import BasisExtension, column_cap, extend_basis, outside, principal_directions
 
 Tensors = dict[str, torch.Tensor]
+Snapshots = dict[str, torch.Tensor | Sketch]
 Snapshot = Literal["gradients", "token-gradients", "features"]
 
 
@@ -26,8 +28,8 @@ class Method:
             and weight decay means nothing.
         trains_lora_A (`bool`): Whether lora_A is trained, or frozen where `begin_task` put it.
         starts_from (`str`, *optional*): The snapshot of the new task that `begin_task` needs: `"gradients"`, the mean
-            gradient G `(d_out, d_in)` of each layer; or a matrix X `(d_in, d_in)` with Xᵀ X the second moment of its
-            tokens' gradients (`"token-gradients"`) or of its inputs (`"features"`).
+            gradient G `(d_out, d_in)` of each layer; or the second moment `(d_in, d_in)` of its tokens' gradients
+            (`"token-gradients"`) or of its inputs (`"features"`).
         remembers (`str`, *optional*): The snapshot at the trained weights that `end_task` extends bases from.
     """
 
@@ -46,7 +48,7 @@ class Method:
         """The rank of the task's adapter by layer name, for a method that does not leave it to the `LoraConfig`."""
         return {}
 
-    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, Any]:
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, Any]:
         """
         Initialises the fresh adapter of a task.
 
@@ -84,7 +86,7 @@ class Method:
     def finish_training(self, layers: list[AdaptedLayer]) -> None:
         """Changes the trained adapter, in place, into what is stored of it."""
 
-    def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
+    def end_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, BasisExtension]:
         """What the task adds to the basis of each layer, from the snapshot that `remembers` names."""
         return {}
 
@@ -95,13 +97,24 @@ class Method:
             return self.config.energy_threshold
         return 0.99 if self.remembers == "gradients" else 0.97
 
-    def extend(self, layer: AdaptedLayer, matrix: torch.Tensor, basis: torch.Tensor | None) -> BasisExtension:
+    def extend(self, layer: AdaptedLayer, matrix: torch.Tensor | Sketch, basis: torch.Tensor | None) -> BasisExtension:
         """The extension of a layer's basis by GPM's energy rule, within the cap of the configuration."""
         columns = 0 if basis is None else basis.shape[1]
+        cap = column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction)
+        options = {"threshold": self.energy_threshold, "max_columns": cap, "name": layer.name}
+        if isinstance(matrix, Sketch):
+            return extend_basis_from_sketch(matrix, basis, **options)
         return extend_basis(
-            matrix,
-            basis,
-            threshold=self.energy_threshold,
-            max_columns=column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction),
-            name=layer.name,
+            matrix.to(layer.weight.device), basis, second_moment=self.remembers != "gradients", **options
         )
+
+    def principal(
+        self, layer: AdaptedLayer, matrix: torch.Tensor | Sketch, basis: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The leading singular triplets of a layer outside a basis, from the snapshot that the task starts from."""
+        if isinstance(matrix, Sketch):
+            return principal_directions_from_sketch(matrix, layer.rank, basis, name=layer.name)
+        matrix = matrix.to(layer.weight.device)
+        if self.starts_from != "gradients":  # of a second moment, both sides
+            matrix = outside(matrix, None if basis is None else basis.to(matrix), second_moment=True)
+        return principal_directions(matrix, layer.rank, basis, name=layer.name)

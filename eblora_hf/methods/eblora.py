@@ -6,8 +6,8 @@ from ..config import EBLoRAConfig
 from ..constraint import StiefelConstraint
 from ..factors import Factors, factors_from_state
 from ..layers import AdaptedLayer
-from ..subspace import BasisExtension, principal_directions
-from .base import Method, Tensors
+from ..subspace import BasisExtension
+from .base import Method, Snapshots, Tensors
 
 # Measured on the embedded benchmark (60 steps): directions move by about 25 in sum over a task, s by about 1.2
 _DIRECTION_TRAVEL = 25.0
@@ -51,11 +51,10 @@ class EBLoRA(Method):
         super().__init__(config)
         self.remembers = config.basis_from or "token-gradients"
 
-    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, Factors]:
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, Factors]:
         config, factors = self.config, {}
         for layer in layers:
-            gradient, basis = snapshot[layer.name], bases.get(layer.name)
-            u, _, v = principal_directions(gradient, layer.rank, basis, name=layer.name)
+            u, _, v = self.principal(layer, snapshot[layer.name], bases.get(layer.name))
             num_layers = config.num_layers or layer.num_blocks
             s = initial_scale(layer.depth, num_layers, config.init_scale_alpha, config.init_scale_beta)
             factors[layer.name] = Factors(u, v, s)
@@ -91,5 +90,5 @@ class EBLoRA(Method):
     def resume(self, layers: list[AdaptedLayer], state: Tensors) -> dict[str, Factors]:
         return factors_from_state(state, layers)
 
-    def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
+    def end_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, BasisExtension]:
         return {layer.name: self.extend(layer, snapshot[layer.name], bases.get(layer.name)) for layer in layers}

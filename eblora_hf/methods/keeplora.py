@@ -9,10 +9,9 @@ from ..subspace import (
     BasisExtension,
     column_cap,
     orthonormalize_against,
-    principal_directions,
     principal_weight_directions,
 )
-from .base import Method, Tensors
+from .base import Method, Snapshots, Tensors
 
 _HELD = 1e-3  # what is left of a direction outside a basis that holds it, with room for bases stored in bf16
 
@@ -35,14 +34,14 @@ class KeepLoRA(Method):
         super().__init__(config)
         self.remembers = config.basis_from or "gradients"
 
-    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict:
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict:
         for layer in layers:
             basis = _joined(bases.get(layer.name), self._missing(layer, bases.get(layer.name)))
-            _, _, v = principal_directions(snapshot[layer.name], layer.rank, basis, name=layer.name)
+            _, _, v = self.principal(layer, snapshot[layer.name], basis)
             layer.lora_A.data.copy_(v.T)
         return {}
 
-    def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
+    def end_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, BasisExtension]:
         extensions = {}
         for layer in layers:
             missing = self._missing(layer, bases.get(layer.name))

@@ -1,0 +1,188 @@
+"""Sums over the batches of a snapshot: whole matrices, on the layer's device or the CPU, or sketches of them.
+
+A sketch holds a matrix `d_out x d_in` or `d_in x d_in` in some columns. Sources: Tropp, Yurtsever, Udell and Cevher,
+for a matrix seen once (arXiv 1609.00048) and for a positive semi-definite one (arXiv 1706.05736).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .sketch import Sketch
+
+_CHECKS = 64  # random combinations of rows that are kept out of a sketch to measure it
+
+
+@dataclass(frozen=True)
+class Storage:
+    """
+    Where and how a snapshot is summed.
+
+    Args:
+        offload (`bool`, defaults to `False`): Keep the sums in the memory of the CPU.
+        sketch (`int`, *optional*): Keep sketches of that many columns instead.
+    """
+
+    offload: bool = False
+    sketch: int | None = None
+
+    def device(self, tensor: torch.Tensor) -> torch.device:
+        return torch.device("cpu") if self.offload else tensor.device
+
+    def matrix(self, d_out: int, d_in: int) -> "MatrixSum | MatrixSketch":
+        """For a sum of matrices `(d_out, d_in)`."""
+        if self.sketch is None or 3 * self.sketch + _CHECKS >= min(d_out, d_in):
+            return MatrixSum(self, d_out, d_in)
+        return MatrixSketch(self, d_out, d_in)
+
+    def moment(self, d_in: int) -> "MomentSum | MomentSketch":
+        """For a sum of outer products of rows `(d_in,)`."""
+        if self.sketch is None or self.sketch >= d_in // 2:
+            return MomentSum(self, d_in)
+        return MomentSketch(self, d_in)
+
+
+class MatrixSum:
+    """Σ w M in float32 or wider. The first summand's memory becomes the sum's."""
+
+    def __init__(self, storage: Storage, d_out: int, d_in: int):
+        self._storage, self._shape = storage, (d_out, d_in)
+        self._sum: torch.Tensor | None = None
+
+    def add(self, matrix: torch.Tensor, weight: float) -> None:
+        """Adds `weight` times a matrix `(d_out, d_in)`, whose memory may be taken over."""
+        device = self._storage.device(matrix)
+        if self._sum is None:
+            self._sum = matrix.detach().to(device, torch.promote_types(matrix.dtype, torch.float32)).mul_(weight)
+        else:
+            self._sum.add_(matrix.to(device), alpha=weight)
+
+    def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """What is to be summed over processes, zero where this one has seen nothing."""
+        if self._sum is None:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._sum = torch.zeros(self._shape, dtype=dtype, device=self._storage.device(like))
+        return [self._sum]
+
+    @property
+    def empty(self) -> bool:
+        return self._sum is None
+
+    def mean(self, count: float) -> torch.Tensor:
+        return self._sum.div_(count)
+
+
+class MatrixSketch:
+    """
+    Ψ M `(3k, d_in)`, M Ω `(d_out, k)` and Φ M `(q, d_in)` of M = Σ w M_b, for Gaussian Ψ, Ω and Φ.
+
+    With Q an orthonormal basis of M Ω, M ≈ Q (Ψ Q)⁺ Ψ M.
+    """
+
+    def __init__(self, storage: Storage, d_out: int, d_in: int):
+        self._storage, self._shape = storage, (d_out, d_in)
+        self._right: torch.Tensor | None = None
+
+    def add(self, matrix: torch.Tensor, weight: float) -> None:
+        if self._right is None:
+            self._start(matrix)
+        matrix = matrix.to(self._omega.dtype)
+        for total, part in ((self._right, self._psi @ matrix), (self._left, matrix @ self._omega)):
+            total.add_(part.to(total.device), alpha=weight)
+
+    def _start(self, like: torch.Tensor) -> None:
+        (d_out, d_in), k = self._shape, self._storage.sketch
+        dtype, device = torch.promote_types(like.dtype, torch.float32), self._storage.device(like)
+        self._omega = _gaussian(d_in, k, like.device, dtype)
+        self._psi = _gaussian(d_out, 3 * k + _CHECKS, like.device, dtype, seed=1).mT  # the last rows are Φ
+        self._right = torch.zeros(3 * k + _CHECKS, d_in, dtype=dtype, device=device)
+        self._left = torch.zeros(d_out, k, dtype=dtype, device=device)
+
+    def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
+        if self._right is None:
+            self._start(like)
+        return [self._right, self._left]
+
+    @property
+    def empty(self) -> bool:
+        return self._right is None
+
+    def mean(self, count: float) -> Sketch:
+        device = self._psi.device
+        right, left = self._right.to(device) / count, self._left.to(device)
+        seen = 3 * self._storage.sketch
+        q = torch.linalg.qr(left).Q
+        matrix = torch.linalg.lstsq(self._psi[:seen] @ q, right[:seen]).solution  # (k, d_in)
+        return Sketch(matrix, left=q, checks=right[seen:])
+
+
+class MomentSum:
+    """K = Σ x xᵀ in float32 or wider."""
+
+    def __init__(self, storage: Storage, d_in: int):
+        self._storage, self._d_in = storage, d_in
+        self._sum: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Adds rows `(n, d_in)`."""
+        (total,) = self.tensors(x)
+        if total.device == x.device:
+            total.addmm_(x.T, x)
+        else:
+            total.add_((x.T @ x).to(total.device))
+
+    def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
+        if self._sum is None:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._sum = torch.zeros(self._d_in, self._d_in, dtype=dtype, device=self._storage.device(like))
+        return [self._sum]
+
+    def mean(self, count: float) -> torch.Tensor:
+        return self._sum.div_(count)
+
+
+class MomentSketch:
+    """
+    K Ω `(d_in, k)` of K = Σ x xᵀ for Ω of orthonormal columns, and the trace of K.
+
+    The Nyström approximation K Ω (Ωᵀ K Ω)⁻¹ Ωᵀ K lies below K: the energy a direction has in it is never more than it
+    has in K, so that a basis chosen from it, measured against the exact trace, holds at least what it seems to hold.
+    """
+
+    def __init__(self, storage: Storage, d_in: int):
+        self._storage, self._d_in = storage, d_in
+        self._product: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        product, trace = self.tensors(x)
+        product.add_((x.T @ (x @ self._omega)).to(product.device))
+        trace.add_(x.double().square().sum().to(trace.device))
+
+    def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
+        if self._product is None:
+            dtype, device = torch.promote_types(like.dtype, torch.float32), self._storage.device(like)
+            omega = _gaussian(self._d_in, self._storage.sketch, torch.device("cpu"), torch.float64)
+            self._omega = torch.linalg.qr(omega).Q.to(like.device, dtype)
+            self._product = torch.zeros(self._d_in, self._storage.sketch, dtype=dtype, device=device)
+            self._trace = torch.zeros((), dtype=torch.float64, device=device)
+        return [self._product, self._trace]
+
+    def mean(self, count: float) -> Sketch:
+        omega = self._omega.double()
+        product = self._product.to(omega.device).double() / count
+        # shifted by the rounding of the sums, without which the small matrix need not be positive
+        shift = torch.finfo(self._product.dtype).eps * product.norm() * product.shape[1] ** 0.5
+        product = product + shift * omega
+        small = omega.mT @ product
+        root = torch.linalg.cholesky((small + small.mT) / 2)
+        factor = torch.linalg.solve_triangular(root, product.mT, upper=False).mT  # factor factorᵀ = K + shift
+        left, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
+        energies = (sigma.square() - shift).clamp_min(0.0)
+        matrix = (left * energies.sqrt()).mT.to(self._product.dtype)
+        return Sketch(matrix, energy=self._trace.item() / count)
+
+
+def _gaussian(rows: int, columns: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """The same on every process and device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device, dtype)
