@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .factors import Factors
 from .layers import AdaptedLayer, find_layers
+from .subspace import decompose_product
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +105,31 @@ def concatenate(adapters: list[AdapterState]) -> AdapterState:
             key = f"{_PREFIX}{name}.{kind}.weight"
             result[key] = torch.cat([adapter[key] for adapter in adapters], dim=dim)
     return result
+
+
+def compress(adapter: AdapterState, error: float) -> tuple[AdapterState, float]:
+    """
+    The folded adapter of lowest rank within a relative error of each layer's update.
+
+    Args:
+        adapter (`dict[str, torch.Tensor]`): Folded adapter, usually a concatenation.
+        error (`float`): What ‖ΔW - ΔW̃‖ / ‖ΔW‖ may be in the Frobenius norm, in [0, 1).
+
+    Returns:
+        `tuple` of the adapter, in the dtype it had, and the largest error of a layer.
+    """
+    result, worst = dict(adapter), 0.0
+    for name, a in factors_of(adapter, "lora_A").items():
+        key_a, key_b = (f"{_PREFIX}{name}.{kind}.weight" for kind in ("lora_A", "lora_B"))
+        left, sigma, right = decompose_product(adapter[key_b], a)
+        # lost[k] is the share of the energy that is lost with k directions
+        lost = 1.0 - torch.cat([sigma.new_zeros(1), sigma.square().cumsum(0)]) / sigma.square().sum().clamp_min(1e-300)
+        kept = max(int((lost > error**2).sum()), 1)
+        root = sigma[:kept].sqrt()
+        result[key_a] = (root.unsqueeze(-1) * right[:kept]).to(a.dtype).contiguous()
+        result[key_b] = (left[:, :kept] * root).to(a.dtype).contiguous()
+        worst = max(worst, lost[kept].clamp_min(0.0).sqrt().item())
+    return result, worst
 
 
 def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> None:

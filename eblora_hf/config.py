@@ -46,6 +46,9 @@ class EBLoRAConfig:
         snapshot_offload (`bool`, defaults to `False`): Sum snapshots in the memory of the CPU instead of the device.
         snapshot_sketch (`int`, *optional*): Keep sketches of so many columns of a snapshot's matrices instead of the
             matrices. A basis then takes some more columns; one that may hold less than `energy_threshold` is refused.
+        earlier_tasks_error (`float`, defaults to 0.0): Relative error that the updates of earlier tasks may have in a
+            layer while a further one is learnt beside weights of low precision, where they are a frozen adapter that
+            grows otherwise. What is published of them stays exact. Weights of float32 have them merged instead.
         init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.
         init_scale_beta (`float`, defaults to 0.008): How much larger |s| is at the last block.
         num_layers (`int`, *optional*): Number of blocks in that rule, by default the model's own (the released code:
@@ -99,6 +102,9 @@ class EBLoRAConfig:
     snapshot_sketch: Optional[int] = dataclasses.field(  # noqa: UP045
         default=None, metadata={"help": "Keep sketches of so many columns of a snapshot's matrices."}
     )
+    earlier_tasks_error: float = dataclasses.field(
+        default=0.0, metadata={"help": "Error allowed to earlier tasks beside low-precision weights."}
+    )
     init_scale_alpha: float = dataclasses.field(
         default=0.002, metadata={"help": "|s| of the first block at the start of a task."}
     )
@@ -133,8 +139,9 @@ class EBLoRAConfig:
         for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction", "stored_energy"):
             if getattr(self, name) is not None and not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in (0, 1].")
-        if not 0.0 <= self.weight_energy < 1.0:
-            raise ValueError(f"EBLoRAConfig(weight_energy={self.weight_energy!r}): expected a share in [0, 1).")
+        for name in ("weight_energy", "earlier_tasks_error"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in [0, 1).")
         for name in (
             "orthogonality_weight",
             "scale_weight_decay",
@@ -144,6 +151,11 @@ class EBLoRAConfig:
         ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
+        if self.method == "olora" and self.earlier_tasks_error:
+            raise ValueError(
+                f"EBLoRAConfig(earlier_tasks_error={self.earlier_tasks_error!r}): O-LoRA's penalty is on the earlier "
+                "adapters as they are."
+            )
         if self.method == "inflora" and self.basis_from not in (None, "features"):
             raise ValueError(f"EBLoRAConfig(basis_from={self.basis_from!r}): InfLoRA's basis is one of features.")
         for name in ("num_layers", "snapshot_sketch"):

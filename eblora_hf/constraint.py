@@ -172,11 +172,11 @@ class StiefelConstraint(StepHooks):
         inner = stiefel_inplace.tangent_(z, x, stack.basis_of(rows), self.tangent)
         if not stack.is_v:
             self.apply_chain_rule(stack, rows, z, inner)
-        if stack.lends_masters:
-            values.copy_(x)
-        else:
+        if not stack.lends_masters:
             gradients.copy_(z)
             values.zero_()
+        elif not stack.is_v:  # lora_A holds V as it is
+            values.copy_(x)
 
     def apply_chain_rule(self, stack: FactorStack, rows: slice, z: torch.Tensor, inner: torch.Tensor) -> None:
         """

@@ -7,7 +7,7 @@ from torch import nn
 
 from . import stiefel
 
-_CACHE = 2**21  # bytes of the factors and bases of a run on a CPU, so that they stay in its cache through a step
+_CACHE = 2**21  # bytes of one tensor of a run on a CPU: what a step touches of it then stays close to the core
 _PADDED = 1.25  # how much wider than its own a basis may be padded
 
 
@@ -122,8 +122,7 @@ class FactorStack:
         """The runs of factors whose parameter has a gradient; on a CPU each is short enough to stay in its cache."""
         longest = len(self.parameters)
         if self.x.device.type == "cpu":
-            columns = self.x.shape[-1] + (0 if self.basis is None else self.basis.shape[-1])
-            longest = max(_CACHE // (self.x.shape[1] * columns * self.x.element_size()), torch.get_num_threads())
+            longest = max(_CACHE // (self.x[0].numel() * self.x.element_size()), 1)
         runs, start = [], None
         for i, parameter in enumerate([*self.parameters, None]):
             if start is not None and (parameter is None or parameter.grad is None or i - start == longest):

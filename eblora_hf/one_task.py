@@ -21,13 +21,13 @@ from .composition import (
     concatenate,
     folded_adapter,
     heads_of,
-    put_earlier_tasks,
     replace_adapter,
     set_ranks,
     with_heads,
 )
 from .config import Task, TaskSequence
 from .constrained import ConstrainedMixin
+from .earlier_tasks import EarlierTasks
 from .layers import find_layers
 from .methods import build_method
 from .publisher import PublishingMixin
@@ -43,9 +43,11 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
     Attributes:
         tasks ([`TaskSequence`]): The tasks of this run.
         task_callback ([`TaskSequenceCallback`], *optional*): The bases and the published sequence.
+        earlier_tasks ([`EarlierTasks`]): Puts the updates of finished tasks on the model.
     """
 
     tasks: TaskSequence
+    earlier_tasks: EarlierTasks
     task_callback: TaskSequenceCallback | None
 
     def _checkpoint_folder(self, task: Task) -> Path:
@@ -68,6 +70,8 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         with self._arguments_of(task):
             output = super().train(checkpoint, trial, ignore_keys)  # the trainer's own loop
         learning_record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
+        if self.earlier_record:
+            learning_record["earlier_tasks"] = self.earlier_record
         self.method.finish_training(self.layers)
         factors = self.constraint.factors() if self.constraint is not None else {}
         accuracies = self._accuracies(task)
@@ -96,9 +100,11 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
     def _reset(self, published: PublishedSequence) -> None:
         """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
         self._unwrap()
-        if published.tasks:
-            put_earlier_tasks(self.model, self.adapter, concatenate(published.adapters()))
         self.layers = find_layers(self.model, self.adapter)
+        self.earlier_record = {}
+        if published.tasks:
+            self.earlier_record = self.earlier_tasks.put(self.model, self.layers, concatenate(published.adapters()))
+            self.layers = find_layers(self.model, self.adapter)
         ranks = self._from_main_process(self.method.ranks(self.layers))
         if ranks:
             set_ranks(self.model, self.adapter, ranks)
@@ -209,6 +215,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         """
         published = self.task_callback.sequence
         self._unwrap()
+        self.earlier_tasks.restore()
         if len(published.tasks) > 1:
             replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
             self.layers = find_layers(self.model, self.adapter)

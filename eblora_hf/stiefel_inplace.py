@@ -107,8 +107,12 @@ def retract_(x: torch.Tensor, y: torch.Tensor, root: torch.Tensor) -> None:
 
 def _restrict(z: torch.Tensor, basis: torch.Tensor | None) -> None:
     """Removes in place from `z` what lies in the span of `basis`."""
-    if basis is not None:
-        _add_product(z, basis, basis.mT @ z, alpha=-1.0)
+    if basis is None:
+        return
+    # on a CPU one basis for each thread at a time: it is then still close when the second product reads it
+    at_once = torch.get_num_threads() if z.device.type == "cpu" else len(z)
+    for part, of_part in zip(z.split(at_once), basis.split(at_once), strict=True):
+        _add_product(part, of_part, of_part.mT @ part, alpha=-1.0)
 
 
 def _add_product(y: torch.Tensor, x: torch.Tensor, small: torch.Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:

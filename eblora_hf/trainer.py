@@ -18,6 +18,7 @@ from .arguments import check_layers, check_set_up, read_tasks, unsupported_launc
 from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
+from .earlier_tasks import EarlierTasks
 from .hub import check_beginning, fetch_sequence
 from .identity import describe_base_model
 from .layers import find_layers
@@ -97,6 +98,8 @@ class ContinualMixin(OneTaskMixin):
                 vars(given).pop("peft_config", None)
             raise
         self.source = sequence
+        merge = self.method.merges_earlier_tasks and self.eblora_config.snapshot_at != "pretrained"
+        self.earlier_tasks = EarlierTasks(merge, self.eblora_config.earlier_tasks_error)
         self._given_optimizer = self.optimizer
         self.start_from({})
         head = getattr(model.peft_config[self.adapter], "modules_to_save", None)
@@ -145,7 +148,10 @@ class ContinualMixin(OneTaskMixin):
         if self.tasks is None:
             raise ValueError("Training needs a train_dataset, got none.")
         with _flushed_denormals(self.args.device):
-            return self._learn_all(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            try:
+                return self._learn_all(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            finally:
+                self.earlier_tasks.leave(self.model)
 
     def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
         published = self._open_sequence(resuming=bool(resume))

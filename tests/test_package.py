@@ -24,6 +24,7 @@ FLOORS = [
         "step_hooks",
         "constraint",
         "composition",
+        "earlier_tasks",
         "identity",
     },
     {"config", "methods", "index", "sequence", "hub", "card"},

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..composition import EARLIER_TASKS, concatenate, heads_of, put_earlier_tasks, with_heads
+from ..composition import concatenate, heads_of, with_heads
 from ..hub import fetch_sequence
 from ..sequence import PublishedSequence
 from ..subspace import check_gradient
@@ -115,8 +115,8 @@ def interference_report(trainer: ContinualMixin) -> list[LayerInterference]:
     seed = trainer.args.seed + len(published.tasks)
     with with_heads(trainer.model, trainer.adapter, heads_of(earlier)):
         try:
-            put_earlier_tasks(trainer.model, trainer.adapter, earlier)
+            trainer.earlier_tasks.put(trainer.model, trainer.layers, earlier)
             gradients = trainer.snapshot(trainer.tasks.tasks[0].train_dataset, seed)
         finally:
-            trainer.model.delete_adapter(EARLIER_TASKS)
+            trainer.earlier_tasks.take_off(trainer.model)
     return interference(gradients, bases)

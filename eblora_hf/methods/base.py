@@ -30,12 +30,15 @@ class Method:
         starts_from (`str`, *optional*): The snapshot of the new task that `begin_task` needs: `"gradients"`, the mean
             gradient G `(d_out, d_in)` of each layer; or the second moment `(d_in, d_in)` of its tokens' gradients
             (`"token-gradients"`) or of its inputs (`"features"`).
+        merges_earlier_tasks (`bool`): Whether weights that hold the updates of earlier tasks will do for it; not if it
+            looks at the weights without them, or at the updates themselves.
         remembers (`str`, *optional*): The snapshot at the trained weights that `end_task` extends bases from.
     """
 
     constrained = False
     orthonormal = False
     trains_lora_A = True
+    merges_earlier_tasks = True
     starts_from: Snapshot | None = None
     remembers: Snapshot | None = None
 

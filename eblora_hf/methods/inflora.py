@@ -18,6 +18,7 @@ class InfLoRA(KeepLoRA):
     """
 
     starts_from = "features"
+    merges_earlier_tasks = True
 
     def __init__(self, config: EBLoRAConfig):
         super().__init__(config)

@@ -28,6 +28,7 @@ class KeepLoRA(Method):
     """
 
     trains_lora_A = False
+    merges_earlier_tasks = False  # it looks at the pre-trained weights
     starts_from = "gradients"
 
     def __init__(self, config: EBLoRAConfig):

@@ -19,6 +19,7 @@ class OLoRA(SequentialLoRA):
     """
 
     constrained = True
+    merges_earlier_tasks = False
 
     def constrain(
         self,

@@ -1,0 +1,1 @@
+"""The parts of `scripts/benchmark.py`: each measures one cost, as ratios inside one run."""
