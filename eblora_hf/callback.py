@@ -1,5 +1,6 @@
 """What happens between tasks: bases grow, the finished task is published, metrics are kept."""
 
+import dataclasses
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +16,7 @@ from .config import EBLoRAConfig, Task
 from .metrics import accuracy_matrix
 from .sequence import PublishedSequence
 from .step_hooks import StepHooks
-from .subspace import BasisExtension
+from .subspace import BasisExtension, join_basis
 from .version import __version__
 
 logger = logging.get_logger(__name__)
@@ -30,14 +31,17 @@ class TaskSequenceCallback(TrainerCallback):
     Args:
         sequence ([`PublishedSequence`]): The sequence that tasks are appended to.
         keeps_bases (`bool`, defaults to `True`): Whether the method needs the bases of earlier tasks.
+        basis_dtype (`torch.dtype`, defaults to `torch.float32`): How the columns of a task are stored.
 
     Attributes:
         bases (`dict[str, torch.Tensor]`): Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far.
         task_name (`str`, *optional*): The task being learnt.
     """
 
-    def __init__(self, sequence: PublishedSequence, keeps_bases: bool = True):
-        self.sequence = sequence
+    def __init__(
+        self, sequence: PublishedSequence, keeps_bases: bool = True, basis_dtype: torch.dtype = torch.float32
+    ):
+        self.sequence, self.basis_dtype = sequence, basis_dtype
         self.bases = sequence.bases() if keeps_bases else {}
         self.task_name: str | None = None
 
@@ -74,14 +78,16 @@ class TaskSequenceCallback(TrainerCallback):
                 "little room left: a smaller LoRA rank, `energy_threshold` or `max_basis_fraction` leaves more to "
                 "later tasks."
             )
+        extensions = {
+            name: dataclasses.replace(extension, columns=extension.columns.to("cpu", self.basis_dtype))
+            for name, extension in extensions.items()
+        }
         if write:
             self.sequence.append(
                 self.task_name, adapter, config, extensions, steps=steps, metrics=metrics, training=training
             )
-        for name, extension in extensions.items():
-            before = self.bases.get(name)
-            added = extension.columns.to("cpu", torch.float32)
-            self.bases[name] = added if before is None else torch.cat([before, added], dim=1)
+        for name, extension in extensions.items():  # what a run that reads the files again will have
+            self.bases[name] = join_basis(self.bases.get(name), extension.columns)
         self.task_name = None
 
     def accuracy_matrix(self) -> np.ndarray:

@@ -38,6 +38,8 @@ class EBLoRAConfig:
             adapters hold.
         max_basis_fraction (`float`, defaults to 1.0): Cap on the columns of a basis, as a share of d_in. Whatever it
             is, `r` directions are left free for the next task.
+        basis_dtype (`str`, defaults to `"float32"`): How the bases are stored, `"float32"` or `"bfloat16"`: half the
+            size for some 1e-5 of the energy. They are made orthonormal again when they are read.
         snapshot_fraction (`float`, defaults to 0.2): Share of a task's data that its gradient snapshots use.
         snapshot_sampling (`str`, defaults to `"random"`): `"random"` with the seed of the arguments, or `"even"`
             spacing as in the released code.
@@ -86,6 +88,9 @@ class EBLoRAConfig:
     )
     max_basis_fraction: float = dataclasses.field(
         default=1.0, metadata={"help": "Cap on the columns of a basis, as a share of d_in."}
+    )
+    basis_dtype: Literal["float32", "bfloat16"] = dataclasses.field(
+        default="float32", metadata={"help": "How the bases are stored."}
     )
     snapshot_fraction: float = dataclasses.field(
         default=0.2, metadata={"help": "Share of a task's data used by its gradient snapshots."}

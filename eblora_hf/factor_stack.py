@@ -113,7 +113,8 @@ class FactorStack:
         sources = [parameter.grad for parameter in self.parameters[rows]]
         # after zero_grad(set_to_none=False) backward has accumulated in our own memory
         moved = [i for i, source in enumerate(sources) if source is not targets[i]]
-        torch._foreach_copy_([targets[i] for i in moved], [sources[i] for i in moved])
+        if moved:
+            torch._foreach_copy_([targets[i] for i in moved], [sources[i] for i in moved])
         for parameter, target in zip(self.parameters[rows], targets, strict=True):
             parameter.grad = target
         return self.gradients[rows]

@@ -6,6 +6,7 @@ reached.
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from .constrained import ConstrainedMixin
 from .earlier_tasks import EarlierTasks
 from .layers import find_layers
 from .methods import build_method
+from .processes import spread_over_processes
 from .publisher import PublishingMixin
 from .sequence import PublishedSequence
 
@@ -62,9 +64,12 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         seed = self.args.seed + index
         set_seed(seed)
         if checkpoint is None:
+            for layer in self.layers:  # as PEFT draws it
+                torch.nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
             snapshot = self.snapshot(task.train_dataset, seed, self.method.starts_from)
-            self.start_from(self._from_main_process(self.method.begin_task(self.layers, snapshot, self.bases)))
-            del snapshot
+            begin = functools.partial(self.method.begin_task, snapshot=snapshot, bases=self.bases)
+            self.start_from(spread_over_processes(begin, self.layers))
+            del snapshot, begin
         self.task_callback.begin_task(task.name)
         set_seed(seed)
         with self._arguments_of(task):
@@ -78,8 +83,9 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         self._unwrap()
         with self._kept_if_it_fails(task):
             snapshot = self.snapshot(task.train_dataset, seed, self.method.remembers)
-            extensions = self._from_main_process(self.method.end_task(self.layers, snapshot, self.bases))
-            del snapshot
+            end = functools.partial(self.method.end_task, snapshot=snapshot, bases=self.bases)
+            extensions = spread_over_processes(end, self.layers)
+            del snapshot, end
             self.task_callback.end_task(
                 folded_adapter(self.model, self.layers, factors),
                 self.model.peft_config[self.adapter],
@@ -105,7 +111,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         if published.tasks:
             self.earlier_record = self.earlier_tasks.put(self.model, self.layers, concatenate(published.adapters()))
             self.layers = find_layers(self.model, self.adapter)
-        ranks = self._from_main_process(self.method.ranks(self.layers))
+        ranks = spread_over_processes(self.method.ranks, self.layers)
         if ranks:
             set_ranks(self.model, self.adapter, ranks)
             self.layers = find_layers(self.model, self.adapter)
@@ -220,11 +226,3 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
             replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
             self.layers = find_layers(self.model, self.adapter)
         self.optimizer, self.lr_scheduler = None, None
-
-    def _from_main_process(self, value: Any) -> Any:
-        """What the main process computed: decompositions may differ in the last bit between processes."""
-        if self.args.world_size == 1:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]

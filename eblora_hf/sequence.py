@@ -30,7 +30,7 @@ from .composition import AdapterState, concatenate, factors_of, folded_config
 from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
 from .identity import describe_base_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
-from .subspace import BasisExtension
+from .subspace import BasisExtension, join_basis
 
 logger = logging.get_logger(__name__)
 
@@ -192,12 +192,12 @@ class PublishedSequence:
 
     def bases(self) -> dict[str, torch.Tensor]:
         """
-        Per layer name the basis of all tasks, `(d_in, p)`: the concatenation of what each task added.
+        Per layer name the basis of all tasks, `(d_in, p)` in float32: the concatenation of what each task added.
 
         Raises:
             FileNotFoundError: if the bases were not published with the sequence.
         """
-        columns: dict[str, list[torch.Tensor]] = {}
+        bases: dict[str, torch.Tensor] = {}
         for task in self.tasks:
             path = self.folder / task.folder / SUBSPACE
             if f"{task.folder}/{SUBSPACE}" not in task.files:
@@ -210,8 +210,9 @@ class PublishedSequence:
                 )
             for key, value in safetensors.torch.load_file(path).items():
                 if key.endswith(".columns"):
-                    columns.setdefault(key.removesuffix(".columns"), []).append(value)
-        return {name: torch.cat(added, dim=1) for name, added in columns.items()}
+                    name = key.removesuffix(".columns")
+                    bases[name] = join_basis(bases.get(name), value)
+        return bases
 
     def append(
         self,

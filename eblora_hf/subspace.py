@@ -122,6 +122,22 @@ def orthonormalize_against(columns: torch.Tensor, basis: torch.Tensor | None) ->
     return columns
 
 
+def join_basis(basis: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
+    """
+    A basis with the columns that a task has added, in float32.
+
+    Args:
+        basis (`torch.Tensor` of shape `(d, p)`, *optional*): The basis before.
+        columns (`torch.Tensor` of shape `(d, k)`): The columns as they are stored; in low precision they are made
+            orthonormal again, to each other and to the basis.
+    """
+    rounded = torch.finfo(columns.dtype).bits < 32
+    columns = columns.float()
+    if rounded:
+        columns = orthonormalize_against(columns, basis)
+    return columns if basis is None else torch.cat([basis, columns], dim=1)
+
+
 def principal_directions(
     gradient: torch.Tensor, rank: int, basis: torch.Tensor | None = None, *, name: str = "gradient"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -156,7 +156,8 @@ class ContinualMixin(OneTaskMixin):
     def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
         published = self._open_sequence(resuming=bool(resume))
         self.remove_callback(TaskSequenceCallback)
-        self.task_callback = TaskSequenceCallback(published, keeps_bases=self.method.remembers is not None)
+        keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)
+        self.task_callback = TaskSequenceCallback(published, keeps_bases, dtype)
         self.add_callback(self.task_callback)
         if self.args.should_save:
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training

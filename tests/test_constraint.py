@@ -1,13 +1,15 @@
 """The constraint under real optimizers on a real PEFT model."""
 
+import copy
 import math
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers.optimization import Adafactor
 
-from eblora_hf import stiefel
+from eblora_hf import factor_stack, stiefel
 from eblora_hf.constraint import StiefelConstraint
 from eblora_hf.factors import Factors, factors_from_state, load_state, save_state
 from eblora_hf.layers import find_layers
@@ -370,3 +372,126 @@ def test_detached_constraint_lets_go():
     gradient = layers[0].lora_A.grad.clone()
     optimizer.step()
     assert torch.equal(layers[0].lora_A.grad, gradient)
+
+
+# ---- memory: the parameters are slices of what a step works on ----
+
+
+def layer_data(layers):
+    return [parameter.detach().clone() for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
+
+
+def test_adapters_are_saved_by_stock_peft_and_safetensors_while_they_share_memory(tmp_path):
+    model, layers, optimizer, constraint = setting("adamw")
+    backward(model, 0)
+    optimizer.step()
+    assert len({parameter.untyped_storage().data_ptr() for layer in layers for parameter in (layer.lora_A,)}) < len(
+        layers
+    )
+    wanted = layer_data(layers)
+    model.save_pretrained(tmp_path / "peft")
+    save_file(
+        {key: value for key, value in model.state_dict().items() if "lora_" in key}, tmp_path / "file.safetensors"
+    )
+    again = PeftModel.from_pretrained(make_model("bert", seed=0), tmp_path / "peft")
+    assert all(map(torch.equal, layer_data(find_layers(again, "default")), wanted))
+    size = sum(value.numel() * value.element_size() for value in wanted)
+    assert (tmp_path / "peft" / "adapter_model.safetensors").stat().st_size < 1.5 * size
+    assert (tmp_path / "file.safetensors").stat().st_size < 1.5 * size
+    copied = copy.deepcopy(model)
+    assert all(map(torch.equal, layer_data(find_layers(copied, "default")), wanted))
+    constraint.detach()
+    assert all(map(torch.equal, layer_data(layers), wanted))
+    pointers = {p.untyped_storage().data_ptr() for layer in layers for p in (layer.lora_A, layer.lora_B)}
+    assert len(pointers) == 2 * len(layers)  # each has memory of its own again
+
+
+def test_zeroed_gradients_that_stay_give_the_same_steps():
+    """`zero_grad(set_to_none=False)` lets backward accumulate in the constraint's own memory."""
+    results = []
+    for set_to_none in (True, False):
+        model, _, optimizer, constraint = setting("adamw")
+        for step in range(4):
+            backward(model, step)
+            backward(model, step + 10)  # two batches a step
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        results.append(constraint.state_dict())
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_memory_that_was_replaced_is_taken_back_with_its_values():
+    """`load_state_dict(assign=True)` and the like give a parameter other memory."""
+    results = []
+    for replaced in (False, True):
+        model, layers, optimizer, constraint = setting("adamw")
+        for step in range(3):
+            if replaced:
+                for layer in layers:
+                    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.clone(), layer.lora_B.data.clone()
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((constraint.state_dict(), layer_data(layers)))
+    assert all(torch.equal(results[0][0][key], results[1][0][key]) for key in results[0][0])
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_a_parameter_of_another_dtype_in_the_middle_of_training_is_refused():
+    model, layers, optimizer, _ = setting("adamw")
+    backward(model, 0)
+    layers[0].lora_A.data = layers[0].lora_A.data.double()
+    with pytest.raises(RuntimeError, match=r"became torch\.float64 .* it was torch\.float32"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_runs_of_a_stack_do_not_change_the_result(threads, monkeypatch):
+    """A stack is cut into runs that fit a cache; factors without gradient cut it too."""
+    results = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for cache in (factor_stack._CACHE, 1):
+            monkeypatch.setattr(factor_stack, "_CACHE", cache)
+            model, layers, optimizer, constraint = setting("adamw")
+            for step in range(3):
+                backward(model, step)
+                layers[4].lora_A.grad = layers[6].lora_B.grad = None
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append(constraint.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for key in results[0]:
+        torch.testing.assert_close(results[0][key], results[1][key], atol=2e-6, rtol=1e-5)
+
+
+def test_bases_are_padded_by_a_quarter_at_most():
+    bases = [None if width == 0 else torch.zeros(400, width) for width in (0, 100, 81, 80, 79, 3, 0, 64, 2)]
+    groups = factor_stack.of_similar_width(bases)
+    assert sorted(index for group in groups for index in group) == list(range(9))
+    for group in groups:
+        widths = [0 if bases[index] is None else bases[index].shape[1] for index in group]
+        assert max(widths) <= 1.25 * min(widths)
+    assert len(groups) == 5
+
+
+def test_bases_that_are_not_orthonormal_keep_to_the_maps_as_defined():
+    """Bases as released files hold them, rounded to fp16: one merged projection would not be the released step."""
+    model, layers, optimizer, constraint = setting("sgd_momentum")
+    layer = layers[0]
+    stack = next(s for s in constraint._stacks if s.is_v and 0 in s.layers)
+    assert stack.exact_bases
+    rounded = {x.name: orthonormal_basis(constraint, x).half().float() for x in layers}
+    factors = constraint.factors()
+    constraint.detach()
+    again = StiefelConstraint(optimizer, layers, factors, rounded, direction_lr=0.3, scale_lr=0.01)
+    assert not any(s.exact_bases for s in again._stacks if s.is_v)
+    x, f = factors[layer.name].V.double(), rounded[layer.name].double()
+    backward(model, 0)
+    g = layer.lora_A.grad.double().T
+    optimizer.step()
+    delta = -20.0 * stiefel.canonical_tangent(x, g, f)
+    expected = stiefel.polar_retraction(x, stiefel.canonical_tangent(x, delta, f), f)
+    torch.testing.assert_close(again.factors()[layer.name].V.double(), expected, atol=1e-6, rtol=0)

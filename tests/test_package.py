@@ -25,6 +25,7 @@ FLOORS = [
         "constraint",
         "composition",
         "earlier_tasks",
+        "processes",
         "identity",
     },
     {"config", "methods", "index", "sequence", "hub", "card"},

@@ -134,3 +134,68 @@ def test_column_cap_leaves_room_for_the_next_task():
     assert subspace.column_cap(d_in=64, rank=4, columns=58) == 2
     assert subspace.column_cap(d_in=64, rank=4, columns=60) == 0
     assert subspace.column_cap(d_in=64, rank=4, columns=10, max_fraction=0.25) == 6
+
+
+# ---- large matrices: a randomised search, or a Gram matrix ----
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(600, 900), (900, 600)])
+@pytest.mark.parametrize("decay", [0.8, 0.97, 0.999], ids=["low rank", "middle", "high rank"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_large_gradients_hold_what_was_asked_in_hardly_more_columns(seed, decay, d_out, d_in):
+    g = gradient(d_out, d_in, seed, decay, torch.float32)
+    basis = orthonormal(d_in, 20, seed, torch.float32)
+    for threshold in (0.9, 0.99):
+        for before in (None, basis):
+            extension = subspace.extend_basis(g, before, threshold=threshold)
+            both = extension.columns if before is None else torch.cat([before, extension.columns], dim=1)
+            held = captured(g.double(), both.double())
+            assert held >= threshold
+            assert extension.captured == pytest.approx(held, abs=1e-6)
+            residual = g.double() if before is None else g.double() - g.double() @ before.double() @ before.double().T
+            inside = 1.0 - (residual.norm() ** 2 / g.double().norm() ** 2).item()
+            energies = inside + torch.linalg.svdvals(residual).square().cumsum(0) / g.double().norm() ** 2
+            fewest = int((energies < threshold).sum()) + 1
+            assert fewest <= extension.columns.shape[1] <= fewest + 1
+            identity = torch.eye(both.shape[1], dtype=torch.float64)
+            assert (both.double().T @ both.double() - identity).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("decay", [0.8, 0.999])
+@pytest.mark.parametrize("d", [40, 700])
+def test_a_second_moment_gives_the_basis_of_what_it_is_the_moment_of(d, decay):
+    g = gradient(d // 2, d, 0, decay)
+    basis = orthonormal(d, 5, 3)
+    for before in (None, basis):
+        plain = subspace.extend_basis(g, before, threshold=0.95)
+        moment = subspace.extend_basis(g.T @ g, before, threshold=0.95, second_moment=True)
+        assert 0 <= moment.columns.shape[1] - plain.columns.shape[1] <= 1
+        both = moment.columns if before is None else torch.cat([before, moment.columns], dim=1)
+        assert captured(g, both) >= 0.95
+        assert moment.captured == pytest.approx(captured(g, both), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_principal_directions_of_a_large_gradient(seed):
+    g, basis = gradient(700, 900, seed, 0.9, torch.float32), orthonormal(900, 6, seed + 20, torch.float32)
+    u, sigma, v = subspace.principal_directions(g, 8, basis)
+    residual = g.double() - g.double() @ basis.double() @ basis.double().T
+    left, expected, right = torch.linalg.svd(residual, full_matrices=False)
+    torch.testing.assert_close(sigma.double(), expected[:8], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close((u @ v.T).double(), left[:, :8] @ right[:8], atol=1e-4, rtol=0)
+    assert (basis.T @ v).abs().max() < 1e-6
+    assert torch.equal(v, subspace.principal_directions(g, 8, basis)[2])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stored_in_bf16_a_basis_is_orthonormal_again_and_holds_as_much(seed):
+    gs, exact, stored = [gradient(60, 300, seed + 10 * i, 0.9) for i in range(4)], None, None
+    for g in gs:
+        columns = subspace.extend_basis(g.float(), exact, threshold=0.98).columns
+        exact = subspace.join_basis(exact, columns)
+        stored = subspace.join_basis(stored, columns.bfloat16())
+    for basis in (exact, stored):
+        assert basis.dtype == torch.float32
+        assert (basis.double().T @ basis.double() - torch.eye(basis.shape[1])).abs().max() < 2e-6
+    for g in gs:
+        assert captured(g, stored.double()) >= captured(g, exact.double()) - 5e-5

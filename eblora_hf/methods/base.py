@@ -56,7 +56,8 @@ class Method:
         Initialises the fresh adapter of a task.
 
         Args:
-            layers (`list[AdaptedLayer]`): The layers with the fresh adapter, whose B is zero.
+            layers (`list[AdaptedLayer]`): Layers with a fresh adapter: A drawn as PEFT does, B zero. On several
+                processes each gets a share of them.
             snapshot (`dict[str, torch.Tensor]`): What `starts_from` names, by layer; empty if nothing.
             bases (`dict[str, torch.Tensor]`): Bases `(d_in, p)` of the tasks before by layer; empty before the first.
 

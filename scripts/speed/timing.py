@@ -39,7 +39,8 @@ def interleaved(
         contenders (`dict[str, Callable]`): What to time, by name.
         device (`torch.device`): Where it runs; a GPU is waited for.
         prepare (`dict[str, Callable]`, *optional*): What goes before each of its runs, unseen by the clock.
-        seconds (`float`), at_most (`int`): Rounds are repeated for so long, at least 3 and at most so many.
+        seconds (`float`), at_most (`int`): Rounds are repeated for so long, at most so many, and at least 3 if those
+            take no more than four times as long.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     started = time.perf_counter()
@@ -55,7 +56,9 @@ def interleaved(
                 times[name].append(1e3 * (time.perf_counter() - before))
         if number == 0:
             started = time.perf_counter()
-        elif number >= 3 and time.perf_counter() - started > seconds:
+            continue
+        elapsed = time.perf_counter() - started
+        if (number >= 3 and elapsed > seconds) or elapsed > 4.0 * seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
 
