@@ -118,7 +118,7 @@ class StiefelConstraint(StepHooks):
         for index, layer in enumerate(self.layers):
             dtype = _master_dtype(layer)
             basis = bases.get(layer.name)
-            basis = None if basis is None or basis.shape[1] == 0 else basis.to(layer.lora_A.device, dtype)
+            basis = None if basis is None or basis.shape[1] == 0 else basis
             u, v = factors[layer.name].U, factors[layer.name].V
             for is_v, x, parameter, restriction in ((False, u, layer.lora_B, None), (True, v, layer.lora_A, basis)):
                 step_factor = self._step_factor(parameter, *x.shape)

@@ -53,9 +53,11 @@ class FactorStack:
         self.x = self._tall(torch.stack([x.mT if is_v else x for x in masters]))
         self.basis = None
         if bases is not None:
-            width = max(basis.shape[1] for basis in bases)
-            rows = [nn.functional.pad(basis.mT, (0, 0, 0, width - basis.shape[1])) for basis in bases]
-            self.basis = torch.stack(rows).mT
+            widths = [basis.shape[1] for basis in bases]
+            rows = self.x.new_zeros(len(bases), max(widths), self.x.shape[1])
+            for row, width, basis in zip(rows, widths, bases, strict=True):
+                row[:width].copy_(basis.mT)
+            self.basis = rows.mT
         values = torch.stack([parameter.detach() for parameter in parameters])
         gradients = torch.zeros_like(values)
         self.values, self.gradients = self._tall(values), self._tall(gradients)
@@ -64,9 +66,11 @@ class FactorStack:
         # goes through the optimizer's step as zero instead
         self.lends_masters = values.dtype == self.x.dtype
         atol = 100 * torch.finfo(self.x.dtype).eps
-        restrictions = bases or [None] * len(masters)
+        restrictions = [None] * len(masters)
+        if bases is not None:
+            restrictions = [basis[:, :width] for basis, width in zip(self.basis, widths, strict=True)]
         self.exact_bases = all(basis is None or stiefel.check_factor(basis, atol=atol) for basis in restrictions)
-        self.on_manifold = list(map(partial(stiefel.check_factor, atol=atol), masters, restrictions))
+        self.on_manifold = list(map(partial(stiefel.check_factor, atol=atol), self.x, restrictions))
         self.scales = []
         if s is not None:
             self.s, self.scaling = self.x.new_tensor(s), self.x.new_tensor(scaling)

@@ -50,6 +50,8 @@ def measure_step(name: str, rank: int, columns: int, device: torch.device) -> di
     row |= {f"{key}_over_adamw_fused": value / times["adamw_fused"] for key, value in times.items()}
     del row["adamw_fused_over_adamw_fused"]
     row["released_over_ours"] = times["released"] / times["ours"]
+    if contenders["released"].failures:
+        row["released_svd_failures"] = contenders["released"].failures
     row["orthonormality"], row["restriction"] = contenders["ours"].constraint.deviation()
     return row
 
@@ -60,6 +62,7 @@ class _Contender:
     def __init__(self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], step: Callable[[], Any]):
         self.parameters, self.gradients, self.step = parameters, gradients, step
         self.constraint: StiefelConstraint | None = None
+        self.failures = 0
 
     def step_and_free(self) -> None:
         self.step()
@@ -109,7 +112,20 @@ def _ours(starts: list, bases: list, gradients: list[torch.Tensor]) -> _Contende
 def _released(starts: list, bases: list, gradients: list[torch.Tensor]) -> _Contender:
     lora_B, lora_A, gradients = _as_lora(starts, gradients)
     parameters = [parameter for pair in zip(lora_B, lora_A, strict=True) for parameter in pair]
-    return _Contender(parameters, gradients, ReleasedAdamW(lora_B, lora_A, bases, lr=2e-5).step)
+    optimizer = ReleasedAdamW(lora_B, lora_A, bases, lr=2e-5)
+    contender = _Contender(parameters, gradients, optimizer.step)
+
+    @torch.no_grad()
+    def step() -> None:
+        try:
+            optimizer.step()
+        except torch.linalg.LinAlgError:  # LAPACK's gesdd, on matrices whose singular values are all alike
+            contender.failures += 1
+            for parameter, start in zip(parameters, (x for pair in starts for x in pair), strict=True):
+                parameter.copy_(start if parameter.shape == start.shape else start.mT)
+
+    contender.step = step
+    return contender
 
 
 def _geoopt(starts: list, gradients: list[torch.Tensor]) -> dict[str, _Contender]:
