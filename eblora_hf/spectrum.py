@@ -44,12 +44,19 @@ def leading_directions(
     return _all_directions(matrix, second_moment)
 
 
-def noise_energy(matrix: torch.Tensor, energy: float, *, second_moment: bool = False) -> float:
-    """What a direction may seem to have by rounding alone, if the matrix, or what it was cut from, has `energy`."""
-    eps = torch.finfo(matrix.dtype).eps
-    if second_moment or min(matrix.shape) > _SMALL:  # from sums of squares
-        return 8.0 * energy * eps * max(matrix.shape) ** 0.5
-    return energy * (max(matrix.shape) * eps) ** 2
+def noise_energy(matrix: torch.Tensor, largest: float, *, second_moment: bool = False) -> float:
+    """
+    The energy that a direction may seem to have by rounding alone.
+
+    Args:
+        matrix (`torch.Tensor`): M, or its second moment, before anything was taken off it.
+        largest (`float`): The largest energy of a direction in what is left of it.
+    """
+    eps, side = torch.finfo(matrix.dtype).eps, max(matrix.shape)
+    if second_moment:
+        return 8.0 * eps * side**0.5 * matrix.norm().item()
+    rounding = matrix.square().sum(dtype=torch.float64).item() * (side * eps) ** 2
+    return rounding + (8.0 * eps * side**0.5 * largest if min(matrix.shape) > _SMALL else 0.0)
 
 
 def principal_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

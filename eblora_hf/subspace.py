@@ -11,6 +11,8 @@ import torch
 from .spectrum import leading_directions, noise_energy, principal_triplets
 from .stiefel import check_feasible, full_precision, restrict
 
+_ROUNDING = 1e-5  # share of the energy that may be missing at a threshold that only noise would reach
+
 
 @dataclass(frozen=True)
 class BasisExtension:
@@ -82,7 +84,10 @@ def extend_basis(
         directions, found = leading_directions(residual, (threshold - inside) * total, second_moment=second_moment)
         energies = inside + found.cumsum(0) / total  # a₁, a₂, …
         wanted = 0 if inside >= threshold else int((energies < threshold).sum()) + 1
-        available = int((found > noise_energy(matrix, held, second_moment=second_moment)).sum())
+        noise = noise_energy(matrix, found[0].item(), second_moment=second_moment)
+        available = int((found > noise).sum())
+        if available < wanted and (energies[available - 1] if available else inside) < threshold - _ROUNDING:
+            available = min(wanted, len(found))  # so much is no noise
         kept = min(wanted, available if max_columns is None else min(available, max_columns))
         columns = orthonormalize_against(directions[:, :kept], basis)  # (d_in, k)
     captured = float(energies[kept - 1]) if kept > 0 else float(inside)
@@ -170,7 +175,8 @@ def principal_directions(
         left, sigma, v = principal_triplets(residual, rank)
         # Right singular vectors without energy are arbitrary and may lie inside the basis: any free direction replaces
         # them. Those with energy avoid the basis up to rounding.
-        used = int((sigma.double().square() > noise_energy(gradient, _energy(gradient))).sum())
+        energies = sigma.double().square()
+        used = int((energies > noise_energy(gradient, energies[0].item())).sum())
         v = v[:, :used]
         if used < rank:
             v = torch.cat([v, _free_directions(torch.cat([basis, v], dim=1), rank - used)], dim=1)

@@ -62,3 +62,20 @@ def test_wrong_arguments_end_at_once(tmp_path, arguments, words):
     result = run(*arguments, folder=tmp_path)
     assert result.returncode == 2
     assert words in result.stderr
+
+
+def test_the_readme_quotes_the_committed_rows():
+    """The table of the README is what its command has written."""
+    rows = json.loads((ROOT / "benchmarks" / "speed" / "cpu.json").read_text())
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line for line in lines if line.startswith(("| vit |", "| 1b |", "| 7b |"))]
+    assert quoted == [
+        f"| {row['set']} | {row['rank']} | {row['basis']} | {row['ours_over_adamw_fused']:.1f} | "
+        f"{row['adamw_foreach_over_adamw_fused']:.1f} | {row['products_over_adamw_fused']:.1f} | "
+        f"{row['released_over_ours']:.1f} |"
+        for row in rows
+        if row["what"] == "step"
+    ]
+    others = {"training": 2, "basis": 1, "snapshot": 4, "sequence": 3}
+    for part in others:
+        assert any(row["what"] == part for row in rows), part

@@ -161,6 +161,15 @@ def test_large_gradients_hold_what_was_asked_in_hardly_more_columns(seed, decay,
             assert (both.double().T @ both.double() - identity).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("d_out", [1600, 1100])
+def test_many_weak_directions_are_not_taken_for_noise(d_out):
+    g = gradient(d_out, 1100, 0, 0.9965, torch.float32)  # from 1 down to 0.02, as of a gradient of high rank
+    extension = subspace.extend_basis(g, threshold=0.999)
+    assert captured(g.double(), extension.columns.double()) >= 0.999 - 1e-6
+    moment = subspace.extend_basis(g.T @ g, threshold=0.999, second_moment=True)
+    assert captured(g.double(), moment.columns.double()) >= 0.999 - 1e-5
+
+
 @pytest.mark.parametrize("decay", [0.8, 0.999])
 @pytest.mark.parametrize("d", [40, 700])
 def test_a_second_moment_gives_the_basis_of_what_it_is_the_moment_of(d, decay):
