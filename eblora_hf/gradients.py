@@ -108,8 +108,11 @@ def mean_gradients(
 
 
 def all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
-    """Sums a tensor over all processes, in place; one kept on the CPU goes through `device` where NCCL needs it."""
-    moved = tensor.to(device)
+    """
+    Sums a tensor over all processes, in place. One kept on the CPU goes through `device`, as NCCL needs it, and a
+    transposed one through memory of its own order, the same on all processes.
+    """
+    moved = tensor.to(device).contiguous()
     torch.distributed.all_reduce(moved)
     if moved is not tensor:
         tensor.copy_(moved)

@@ -8,7 +8,6 @@ import torch
 _SMALL = 512  # matrices with a side up to this are decomposed at once
 _FIRST_SIZE = 64  # directions of the first attempt; each further one takes four times as many
 _LARGEST_SHARE = 4  # beyond one direction in so many an exact decomposition is faster
-_MARGIN = 1e-6  # of the energy, for rounding: what the randomised search finds never holds less than asked
 
 
 def leading_directions(
@@ -18,8 +17,8 @@ def leading_directions(
     Orthonormal directions v of the inputs of a matrix M in descending order of their energy, enough of them to hold
     `energy` if all together do.
 
-    Energies are those of the returned directions themselves. With exact directions they are squared singular values;
-    a randomised search never over-states them, and at most needs a direction more for the same sum.
+    Energies are those of the returned directions themselves, to [`rounding_of`]. With exact directions they are
+    squared singular values; a randomised search needs a direction more for the same sum at most.
 
     Args:
         matrix (`torch.Tensor` of shape `(m, n)`): M; or with `second_moment` the positive semi-definite K = MᵀM,
@@ -30,7 +29,7 @@ def leading_directions(
         `tuple` of directions `(n, k)` and energies ‖M v‖², float64 of shape `(k,)`.
     """
     if min(matrix.shape) > _SMALL:
-        margin = _MARGIN * (matrix.diagonal().sum() if second_moment else matrix.square().sum()).item()
+        margin = rounding_of(matrix) * (matrix.diagonal().sum() if second_moment else matrix.square().sum()).item()
         basis, size = None, _FIRST_SIZE
         while size <= min(matrix.shape) // _LARGEST_SHARE:
             basis = _find_range(matrix, size, second_moment, start=basis)
@@ -42,6 +41,11 @@ def leading_directions(
                 return basis @ vectors.flip(1).to(basis.dtype), energies
             size *= 4
     return _all_directions(matrix, second_moment)
+
+
+def rounding_of(matrix: torch.Tensor) -> float:
+    """By what share of a matrix's energy the sum of its directions' energies may be off."""
+    return 1e-6 if min(matrix.shape) > _SMALL else 0.0
 
 
 def noise_energy(matrix: torch.Tensor, largest: float, *, second_moment: bool = False) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .spectrum import leading_directions, noise_energy, principal_triplets
+from .spectrum import leading_directions, noise_energy, principal_triplets, rounding_of
 from .stiefel import check_feasible, full_precision, restrict
 
 _ROUNDING = 1e-5  # share of the energy that may be missing at a threshold that only noise would reach
@@ -83,8 +83,9 @@ def extend_basis(
         inside = 0.0 if basis is None else (held - rest) / total  # a₀
         directions, found = leading_directions(residual, (threshold - inside) * total, second_moment=second_moment)
         energies = inside + found.cumsum(0) / total  # a₁, a₂, …
-        wanted = 0 if inside >= threshold else int((energies < threshold).sum()) + 1
-        noise = noise_energy(matrix, found[0].item(), second_moment=second_moment)
+        # a sum that only seems to reach the threshold would not do
+        wanted = 0 if inside >= threshold else int((energies < threshold + rounding_of(matrix)).sum()) + 1
+        noise = noise_energy(matrix, found[:1].sum().item(), second_moment=second_moment)
         available = int((found > noise).sum())
         if available < wanted and (energies[available - 1] if available else inside) < threshold - _ROUNDING:
             available = min(wanted, len(found))  # so much is no noise

@@ -139,7 +139,7 @@ def _geoopt(starts: list, gradients: list[torch.Tensor]) -> dict[str, _Contender
 
 
 def _products(starts: list, bases: list, gradients: list[torch.Tensor]) -> _Contender:
-    """The matrix products that any such step consists of, alone and on memory that is in the cache: a lower bound."""
+    """The matrix products that any such step consists of, alone and on memory that is in the cache."""
     groups: dict[torch.Size, int] = {}
     for pair, basis in zip(starts, bases, strict=True):
         for x, restriction in zip(pair, (None, basis), strict=True):
