@@ -15,9 +15,9 @@ class EarlierTasks:
     Puts the sum of earlier tasks on a model and takes it off again.
 
     Merged into the weights they cost nothing per step. Into float32 that is exact up to rounding, and the weights as
-    they were are kept in the memory of the CPU, to be put back bit for bit. Low-precision weights would lose most of a
-    small update, so there the tasks stay beside them as one frozen adapter, whose rank grows with every task unless
-    some error is allowed.
+    they were are kept in the memory of the CPU, to be put back bit for bit. Weights of low precision, or products of
+    low precision, would lose most of a small update, so there the tasks stay beside the weights as one frozen adapter,
+    whose rank grows with every task unless some error is allowed.
 
     Args:
         merge (`bool`): Whether weights of float32 or wider may be merged into.

@@ -6,7 +6,6 @@ reached.
 import contextlib
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,9 +66,10 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
             for layer in self.layers:  # as PEFT draws it
                 torch.nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
             snapshot = self.snapshot(task.train_dataset, seed, self.method.starts_from)
-            begin = functools.partial(self.method.begin_task, snapshot=snapshot, bases=self.bases)
-            self.start_from(spread_over_processes(begin, self.layers))
-            del snapshot, begin
+            self.start_from(
+                spread_over_processes(lambda share: self.method.begin_task(share, snapshot, self.bases), self.layers)
+            )
+            del snapshot
         self.task_callback.begin_task(task.name)
         set_seed(seed)
         with self._arguments_of(task):
@@ -83,9 +83,10 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         self._unwrap()
         with self._kept_if_it_fails(task):
             snapshot = self.snapshot(task.train_dataset, seed, self.method.remembers)
-            end = functools.partial(self.method.end_task, snapshot=snapshot, bases=self.bases)
-            extensions = spread_over_processes(end, self.layers)
-            del snapshot, end
+            extensions = spread_over_processes(
+                lambda share: self.method.end_task(share, snapshot, self.bases), self.layers
+            )
+            del snapshot
             self.task_callback.end_task(
                 folded_adapter(self.model, self.layers, factors),
                 self.model.peft_config[self.adapter],

@@ -147,6 +147,14 @@ def factor_deviation(x: torch.Tensor, basis: torch.Tensor | None = None) -> tupl
     return orthonormality, (basis.double().mT @ x).abs().max().item()
 
 
+def multiplies_exactly() -> bool:
+    """Whether products of float32 matrices are taken in float32 at present, and not in TF32 or bf16."""
+    backends = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    if not hasattr(backends[1], "fp32_precision"):  # torch < 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return all(getattr(backend, "fp32_precision", "none") in ("ieee", "none") for backend in backends)
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Runs matrix products in true float32: TF32 keeps 10 bits of mantissa, orthonormality to 1e-3 only."""

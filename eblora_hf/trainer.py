@@ -27,6 +27,7 @@ from .metrics import continual_metrics
 from .one_task import OneTaskMixin
 from .publisher import Publisher
 from .sequence import PublishedSequence
+from .stiefel import multiplies_exactly
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +99,9 @@ class ContinualMixin(OneTaskMixin):
                 vars(given).pop("peft_config", None)
             raise
         self.source = sequence
-        merge = self.method.merges_earlier_tasks and self.eblora_config.snapshot_at != "pretrained"
+        # autocast and TF32 would round away most of a small update on top of weights that were once in bf16
+        exact = not (self.args.bf16 or self.args.fp16) and multiplies_exactly()
+        merge = exact and self.method.merges_earlier_tasks and self.eblora_config.snapshot_at != "pretrained"
         self.earlier_tasks = EarlierTasks(merge, self.eblora_config.earlier_tasks_error)
         self._given_optimizer = self.optimizer
         self.start_from({})

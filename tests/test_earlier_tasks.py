@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from eblora_hf import EBLoRAConfig, PublishedSequence
+from eblora_hf import EBLoRAConfig, PublishedSequence, stiefel
+from eblora_hf import trainer as trainer_module
 from eblora_hf.composition import EARLIER_TASKS, compress, factors_of
 from eblora_hf.earlier_tasks import EarlierTasks
 from eblora_hf.layers import find_layers
@@ -68,6 +69,27 @@ def test_what_looks_at_the_weights_or_updates_themselves_finds_them_apart(tmp_pa
     trainer.train()
     assert look.forms == [False, True]
     assert all(torch.equal(look.weights[1][name], before[name]) for name in before)
+
+
+def test_products_of_low_precision_find_them_apart_as_well(tmp_path, monkeypatch):
+    """bf16 autocast rounds W + ΔW; for a W that was once bf16 most of a small ΔW is then gone."""
+    for name, options in (("autocast", {"bf16": True}), ("tf32", {})):
+        look = Look()
+        if name == "tf32":
+            monkeypatch.setattr(trainer_module, "multiplies_exactly", lambda: False)
+        make_trainer(tmp_path / name, callbacks=[look], **options).train()
+        assert look.forms == [False, True]
+
+
+def test_whether_products_are_exact_is_read_from_torch():
+    assert stiefel.multiplies_exactly()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert not stiefel.multiplies_exactly()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert stiefel.multiplies_exactly()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
