@@ -7,7 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .constrained import ConstrainedMixin
 from .earlier_tasks import EarlierTasks
 from .layers import find_layers
 from .methods import build_method
+from .methods.base import Snapshot
 from .processes import spread_over_processes
 from .publisher import PublishingMixin
 from .sequence import PublishedSequence
@@ -65,11 +66,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         if checkpoint is None:
             for layer in self.layers:  # as PEFT draws it
                 torch.nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
-            snapshot = self.snapshot(task.train_dataset, seed, self.method.starts_from)
-            self.start_from(
-                spread_over_processes(lambda share: self.method.begin_task(share, snapshot, self.bases), self.layers)
-            )
-            del snapshot
+            self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
         self.task_callback.begin_task(task.name)
         set_seed(seed)
         with self._arguments_of(task):
@@ -82,11 +79,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         accuracies = self._accuracies(task)
         self._unwrap()
         with self._kept_if_it_fails(task):
-            snapshot = self.snapshot(task.train_dataset, seed, self.method.remembers)
-            extensions = spread_over_processes(
-                lambda share: self.method.end_task(share, snapshot, self.bases), self.layers
-            )
-            del snapshot
+            extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
             self.task_callback.end_task(
                 folded_adapter(self.model, self.layers, factors),
                 self.model.peft_config[self.adapter],
@@ -103,6 +96,11 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         if not self.args.should_save:
             self.task_callback.sequence = PublishedSequence.open(self.args.output_dir)
         return output
+
+    def _decompose(self, answer: Callable, of: Snapshot | None, task: Task, seed: int) -> dict[str, Any]:
+        """What the method answers of a snapshot of the task, which is let go again."""
+        snapshot = self.snapshot(task.train_dataset, seed, of)
+        return spread_over_processes(lambda share: answer(share, snapshot, self.bases), self.layers)
 
     def _reset(self, published: PublishedSequence) -> None:
         """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
