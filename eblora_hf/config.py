@@ -164,8 +164,9 @@ class EBLoRAConfig:
         if self.method == "inflora" and self.basis_from not in (None, "features"):
             raise ValueError(f"EBLoRAConfig(basis_from={self.basis_from!r}): InfLoRA's basis is one of features.")
         for name in ("num_layers", "snapshot_sketch"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 1:
-                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a positive number.")
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a positive whole number.")
 
     @classmethod
     def preset(cls, name: str) -> "EBLoRAConfig":

@@ -163,8 +163,9 @@ def test_an_error_makes_no_sense_for_olora():
         EBLoRAConfig(method="olora", earlier_tasks_error=0.1)
     with pytest.raises(ValueError, match=r"earlier_tasks_error=1\.0"):
         EBLoRAConfig(earlier_tasks_error=1.0)
-    with pytest.raises(ValueError, match=r"snapshot_sketch=0"):
-        EBLoRAConfig(snapshot_sketch=0)
+    for wrong in (0, 2.5, "many"):
+        with pytest.raises(ValueError, match=r"snapshot_sketch=.*expected a positive whole number"):
+            EBLoRAConfig(snapshot_sketch=wrong)
 
 
 def test_tasks_can_be_put_again_and_taken_off(tmp_path):
