@@ -43,19 +43,19 @@ class Storage:
 
 
 class MatrixSum:
-    """Σ w M in float32 or wider. The first summand's memory becomes the sum's."""
+    """Σ w LᵀR in float32 or wider. The first summand's memory becomes the sum's."""
 
     def __init__(self, storage: Storage, d_out: int, d_in: int):
         self._storage, self._shape = storage, (d_out, d_in)
         self._sum: torch.Tensor | None = None
 
-    def add(self, matrix: torch.Tensor, weight: float) -> None:
-        """Adds `weight` times a matrix `(d_out, d_in)`, whose memory may be taken over."""
-        device = self._storage.device(matrix)
+    def add(self, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:
+        """Adds `weight` times LᵀR `(d_out, d_in)` for L `(n, d_out)` and R `(n, d_in)`."""
+        matrix = (left.mT @ right).to(self._storage.device(right))
         if self._sum is None:
-            self._sum = matrix.detach().to(device, torch.promote_types(matrix.dtype, torch.float32)).mul_(weight)
+            self._sum = matrix.mul_(weight)
         else:
-            self._sum.add_(matrix.to(device), alpha=weight)
+            self._sum.add_(matrix, alpha=weight)
 
     def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
         """What is to be summed over processes, zero where this one has seen nothing."""
@@ -74,7 +74,7 @@ class MatrixSum:
 
 class MatrixSketch:
     """
-    Ψ M `(3k, d_in)`, M Ω `(d_out, k)` and Φ M `(q, d_in)` of M = Σ w M_b, for Gaussian Ψ, Ω and Φ.
+    Ψ M `(3k, d_in)`, M Ω `(d_out, k)` and Φ M `(q, d_in)` of M = Σ w LᵀR, for Gaussian Ψ, Ω and Φ.
 
     With Q an orthonormal basis of M Ω, M ≈ Q (Ψ Q)⁺ Ψ M.
     """
@@ -83,11 +83,14 @@ class MatrixSketch:
         self._storage, self._shape = storage, (d_out, d_in)
         self._right: torch.Tensor | None = None
 
-    def add(self, matrix: torch.Tensor, weight: float) -> None:
+    def add(self, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:
+        """Adds `weight` times LᵀR, which is never formed."""
         if self._right is None:
-            self._start(matrix)
-        matrix = matrix.to(self._omega.dtype)
-        for total, part in ((self._right, self._psi @ matrix), (self._left, matrix @ self._omega)):
+            self._start(right)
+        for total, part in (
+            (self._right, (self._psi @ left.mT) @ right),
+            (self._left, left.mT @ (right @ self._omega)),
+        ):
             total.add_(part.to(total.device), alpha=weight)
 
     def _start(self, like: torch.Tensor) -> None:

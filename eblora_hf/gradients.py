@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,9 +52,10 @@ def mean_gradients(
     """
     Mean gradient of a loss with respect to the full weight of each layer, Σ_b n_b G_b / Σ_b n_b, summed in float32.
 
-    Each weight's gradient is moved into the sum as soon as backward has produced it and then freed, so the extra
-    memory is one copy of the target weights in float32 plus one gradient, or what `storage` makes of it. With
-    `torch.distributed` running, every process passes its own batches and all get the mean over all.
+    With X `(tokens, d_in)` the inputs of a layer and Δ = dL/dY `(tokens, d_out)`, its gradient is G_b = ΔᵀX. No weight
+    needs a gradient of its own, so that weights may be quantised or sharded, and the extra memory is one matrix of the
+    weight's shape a layer in float32, or what `storage` makes of it. With `torch.distributed` running, every process
+    passes its own batches and all get the mean over all.
 
     Args:
         model (`nn.Module`): The model, unwrapped. Its parameters, their gradients and flags are left as they were.
@@ -72,22 +75,14 @@ def mean_gradients(
     weight_sum = 0.0
     batch_weight = 0.0
 
-    def collect(layer: AdaptedLayer) -> Callable[[nn.Parameter], None]:
-        def hook(weight: nn.Parameter) -> None:
-            gradient, weight.grad = weight.grad, None
-            sums[layer.name].add(layer.oriented(gradient), batch_weight)
+    def add(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+        rows = (delta.flatten(0, -2).to(layer.sum_dtype), x.flatten(0, -2).to(layer.sum_dtype))
+        sums[layer.name].add(*rows, batch_weight)
 
-        return hook
-
-    with only_trainable(model, [layer.weight for layer in layers]):
-        handles = [layer.weight.register_post_accumulate_grad_hook(collect(layer)) for layer in layers]
-        try:
-            for inputs, batch_weight in batches:
-                loss(model, inputs).backward()
-                weight_sum += batch_weight
-        finally:
-            for handle in handles:
-                handle.remove()
+    with observed_gradients(model, layers, add):
+        for inputs, batch_weight in batches:
+            loss(model, inputs).backward()
+            weight_sum += batch_weight
     reached = torch.tensor([weight_sum, *(float(not sums[layer.name].empty) for layer in layers)], dtype=torch.float64)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         reached = reached.to(layers[0].weight.device)
@@ -107,6 +102,54 @@ def mean_gradients(
     return {layer.name: sums[layer.name].mean(weight_sum) for layer in layers}
 
 
+class _Observe(torch.autograd.Function):
+    """
+    The identity on a layer's output that shows its gradient together with the layer's input.
+
+    The input is saved as autograd saves tensors, so that activation checkpointing recomputes it instead of keeping it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, see: Callable) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.see = see
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.see(ctx.saved_tensors[0].detach(), gradient)
+        return gradient, None, None
+
+
+@contextlib.contextmanager
+def observed_gradients(
+    model: nn.Module, layers: list[AdaptedLayer], see: Callable[[AdaptedLayer, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """
+    Within the context every backward pass calls `see` with each layer, its inputs X `(..., d_in)` and dL/dY `(...,
+    d_out)`. No parameter gets a gradient.
+    """
+
+    def let_gradients_flow(module: nn.Module, arguments: tuple) -> tuple:
+        x = arguments[0]
+        return (x if x.requires_grad else x.detach().requires_grad_(), *arguments[1:])
+
+    def observe(layer: AdaptedLayer) -> Callable:
+        def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+            return _Observe.apply(output, arguments[0], partial(see, layer))
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(let_gradients_flow) for layer in layers]
+    handles += [layer.module.register_forward_hook(observe(layer)) for layer in layers]
+    try:
+        with frozen(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
     """
     Sums a tensor over all processes, in place. One kept on the CPU goes through `device`, as NCCL needs it, and a
@@ -119,16 +162,12 @@ def all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def only_trainable(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Within the context gradients flow to `weights` alone; other parameters keep the gradients they had."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the context no parameter gets a gradient; they keep those they had."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
         yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for weight in weights:
-            weight.grad = None

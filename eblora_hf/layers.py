@@ -66,6 +66,11 @@ class AdaptedLayer:
     def d_out(self) -> int:
         return self.lora_B.shape[0]
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """What sums over its tokens are kept in: float32, or float64 for a weight of that."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
         """Turns a tensor stored like `weight` into shape `(d_out, d_in)`."""
         return weight.T if isinstance(self.module.get_base_layer(), Conv1D) else weight

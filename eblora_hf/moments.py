@@ -3,15 +3,14 @@
 Either is an alternative to the mean gradient, in which the gradients of samples that are fitted well cancel out.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .accumulators import Storage
-from .gradients import all_reduce, only_trainable
+from .gradients import all_reduce, observed_gradients
 from .layers import AdaptedLayer
 from .sketch import Sketch
 
@@ -55,14 +54,19 @@ def feature_moments(
     def observe(layer: AdaptedLayer) -> Callable:
         def hook(module: nn.Module, arguments: tuple) -> None:
             x = arguments[0]  # (..., d_in)
-            moments.add(layer.name, x[mask] if mask is not None and x.shape[:-1] == mask.shape else x)
+            moments.add(layer, x[mask] if mask is not None and x.shape[:-1] == mask.shape else x)
 
         return hook
 
-    with _hooks(layer.module.register_forward_pre_hook(observe(layer)) for layer in layers), torch.no_grad():
-        for inputs, _ in batches:
-            mask = inputs["attention_mask"].bool() if masked and "attention_mask" in inputs else None
-            forward(model, inputs)
+    handles = [layer.module.register_forward_pre_hook(observe(layer)) for layer in layers]
+    try:
+        with torch.no_grad():
+            for inputs, _ in batches:
+                mask = inputs["attention_mask"].bool() if masked and "attention_mask" in inputs else None
+                forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return moments.means()
 
 
@@ -86,26 +90,11 @@ def token_gradient_moments(
     moments = _Moments(layers, storage)
     samples = 0
 
-    def let_gradients_flow(module: nn.Module, arguments: tuple) -> tuple:
-        x = arguments[0]
-        return (x if x.requires_grad else x.detach().requires_grad_(), *arguments[1:])
+    def add(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+        weights = (delta.to(layer.sum_dtype) * samples).norm(dim=-1, keepdim=True)  # ‖δ‖, (..., 1)
+        moments.add(layer, x * weights)
 
-    def observe(layer: AdaptedLayer) -> Callable:
-        def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-            x = arguments[0].detach()
-
-            def weigh(gradient: torch.Tensor) -> None:
-                delta = gradient.to(moments.dtype_of(layer.name)) * samples  # (..., d_out)
-                moments.add(layer.name, x * delta.norm(dim=-1, keepdim=True))
-
-            if output.requires_grad:  # not in the first pass of gradient checkpointing
-                output.register_hook(weigh)
-
-        return hook
-
-    handles = [layer.module.register_forward_pre_hook(let_gradients_flow) for layer in layers]
-    handles += [layer.module.register_forward_hook(observe(layer)) for layer in layers]
-    with _hooks(handles), only_trainable(model, []):
+    with observed_gradients(model, layers, add):
         for inputs, count in batches:
             samples = count
             loss(model, inputs).backward()
@@ -118,16 +107,12 @@ class _Moments:
     def __init__(self, layers: list[AdaptedLayer], storage: Storage):
         self._layers = layers
         self._sums = {layer.name: storage.moment(layer.d_in) for layer in layers}
-        self._dtypes = {layer.name: torch.promote_types(layer.weight.dtype, torch.float32) for layer in layers}
         self._counts = dict.fromkeys(self._sums, 0)
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self._dtypes[name]
-
-    def add(self, name: str, x: torch.Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.dtype_of(name))  # (tokens, d_in)
-        self._sums[name].add(x)
-        self._counts[name] += len(x)
+    def add(self, layer: AdaptedLayer, x: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).to(layer.sum_dtype)  # (tokens, d_in)
+        self._sums[layer.name].add(x)
+        self._counts[layer.name] += len(x)
 
     def means(self) -> dict[str, torch.Tensor | Sketch]:
         """By layer name the mean over all processes."""
@@ -145,12 +130,3 @@ class _Moments:
             means[layer.name] = self._sums.pop(layer.name).mean(count.item())
         return means
 
-
-@contextlib.contextmanager
-def _hooks(handles: Iterable[Any]) -> Iterator[None]:
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -268,21 +268,19 @@ def test_gradient_snapshot(case):
     class OneLayer:
         name = "layer"
         d_out, d_in = hyper["d_out"], hyper["d_in"]
-        weight = nn.Parameter(torch.zeros(d_out, d_in, dtype=table.dtype))
+        module = nn.Linear(d_in, d_out, bias=False, dtype=table.dtype)
+        weight, sum_dtype = module.weight, table.dtype
 
-        @staticmethod
-        def oriented(gradient):
-            return gradient
+    def loss(model, batch):
+        """With the unit vectors as tokens, each sample's gradient is its matrix in the table."""
+        units = torch.eye(OneLayer.d_in, dtype=table.dtype).expand(len(batch["rows"]), -1, -1)
+        return (model(units) * table[batch["rows"]].mT).sum(dim=(1, 2)).mean()
 
-    model = nn.ParameterList([OneLayer.weight])
     means = []
     for chunk in chunks:
         step = hyper["batch_size"]
         batches = [({"rows": chunk[i : i + step]}, 1) for i in range(0, len(chunk), step)]
-        mean = mean_gradients(
-            model, [OneLayer], batches, lambda model, batch: (model[0] * table[batch["rows"]]).sum(dim=(1, 2)).mean()
-        )
-        means.append(mean["layer"])
+        means.append(mean_gradients(OneLayer.module, [OneLayer], batches, loss)["layer"])
     for c, mean in enumerate(means):
         compare(case, f"chunk{c}", mean)
     compare(case, "merged", torch.stack(means).mean(dim=0))

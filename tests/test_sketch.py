@@ -31,7 +31,7 @@ def test_a_sketched_gradient_gives_a_basis_that_holds_what_it_says(seed, decay):
     g = gradient(500, 400, seed, decay, torch.float32)
     sketch = MatrixSketch(Storage(sketch=80), 500, 400)
     for part in parts(g, seed):
-        sketch.add(part, 2.0)
+        sketch.add(torch.eye(500), part, 2.0)
     sketch = sketch.mean(10.0)
     assert sketch.matrix.shape == (80, 400)
     for before in (None, orthonormal(400, 30, seed + 9, torch.float32)):
@@ -70,7 +70,7 @@ def test_a_sketch_too_small_is_refused_and_named():
     x = gradient(900, 300, 0, 0.99, torch.float32)
     moment, matrix = MomentSketch(Storage(sketch=8), 300), MatrixSketch(Storage(sketch=8), 900, 300)
     moment.add(x)
-    matrix.add(x, 1.0)
+    matrix.add(torch.eye(900), x, 1.0)
     for sketch in (moment.mean(1), matrix.mean(1.0)):
         with pytest.raises(ValueError, match=r"^layer: a sketch of 8 directions holds .*90\.00%.*`snapshot_sketch`"):
             extend_basis_from_sketch(sketch, threshold=0.9, name="layer")
