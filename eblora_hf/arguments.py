@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .config import Task, TaskSequence
+from .fsdp import unsupported_launcher
 from .layers import AdaptedLayer
 from .optimizers import check_optimizer
 
@@ -31,17 +32,8 @@ def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
     if constrained:
         optim = str(getattr(args.optim, "value", args.optim))
         check_optimizer(f"optim={optim!r}", optim)
-    for option, name in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
-        if getattr(args, option, None):
-            raise ValueError(unsupported_launcher(name))
-
-
-def unsupported_launcher(name: str) -> str:
-    """What to say of DeepSpeed and FSDP."""
-    return (
-        f"{name} is not supported: the constraint needs whole LoRA matrices in the optimizer, and {name} splits or "
-        "flattens them. Use DistributedDataParallel (plain `torchrun` or `accelerate launch`)."
-    )
+    if args.deepspeed:
+        raise ValueError(unsupported_launcher("DeepSpeed"))
 
 
 def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:

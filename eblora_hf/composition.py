@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .factors import Factors
 from .layers import AdaptedLayer, find_layers
+from .sharding import is_sharded, scatter, whole
 from .subspace import decompose_product
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ def folded_adapter(
     Returns:
         `dict[str, torch.Tensor]`: By PEFT's file names.
     """
-    state = get_peft_model_state_dict(model, adapter_name=layers[0].adapter)
+    state = {key: whole(value) for key, value in adapter_state(model, layers[0].adapter).items()}
     for layer in layers:
         a, b = (f"{_PREFIX}{layer.name}.{kind}.weight" for kind in ("lora_A", "lora_B"))
         if factors:
@@ -55,6 +56,11 @@ def folded_adapter(
             used[0] = True  # PEFT wants a rank of at least one
             state[a], state[b] = state[a][used], state[b][:, used]
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+
+def adapter_state(model: PeftModel, adapter: str) -> AdapterState:
+    """The tensors of an adapter as they are, sharded if the model's are."""
+    return get_peft_model_state_dict(model, adapter_name=adapter)
 
 
 def folded_config(config: LoraConfig, adapter: AdapterState) -> LoraConfig:
@@ -157,11 +163,10 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
 
 def current_weight(layer: AdaptedLayer) -> torch.Tensor:
     """The weight that a task finds, `(d_out, d_in)` in float32 or wider: the base model's with all earlier tasks."""
-    weight = layer.weight.detach()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = layer.dense_weight()
     if EARLIER_TASKS in layer.module.lora_A:
-        weight = weight + layer.module.get_delta_weight(EARLIER_TASKS).detach()
-    return layer.oriented(weight)
+        weight = weight + layer.oriented(layer.module.get_delta_weight(EARLIER_TASKS).detach())
+    return weight
 
 
 def set_ranks(model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
@@ -173,7 +178,7 @@ def set_ranks(model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
         adapter (`str`): Name of the adapter.
         ranks (`dict[str, int]`): The rank by layer name.
     """
-    heads = heads_of(get_peft_model_state_dict(model, adapter_name=adapter))
+    heads = heads_of(adapter_state(model, adapter))
     heads = {key: value.detach().clone() for key, value in heads.items()}
     _renew(model, adapter, _ranked(model.peft_config[adapter], ranks))
     load_adapter(model, adapter, heads)
@@ -243,9 +248,16 @@ def merge_into_base(model: PeftModel, *, allow_lossy: bool = False) -> nn.Module
         `nn.Module`: The base model with changed weights.
 
     Raises:
-        ValueError: if the weights are of low precision and `allow_lossy` is not set; nothing is changed then.
+        ValueError: if the weights are quantized, or of low precision and `allow_lossy` is not set; nothing is changed
+            then.
     """
     layers = find_layers(model, model.active_adapters[0])
+    quantized = [layer.name for layer in layers if layer.quantized]
+    if quantized:
+        raise ValueError(
+            f"The weights of {len(quantized)} layers are quantized ({quantized[0]}…): their steps are larger than "
+            "most updates. Keep the adapter unmerged, or load the base model in float32."
+        )
     lossy = [layer for layer in layers if torch.finfo(layer.weight.dtype).bits < 32]
     if lossy:
         kept = [_kept_share(layer) for layer in lossy]
@@ -277,8 +289,8 @@ def heads_of(adapter: AdapterState) -> AdapterState:
 @contextlib.contextmanager
 def with_heads(model: PeftModel, adapter: str, heads: AdapterState) -> Iterator[None]:
     """Within the context the adapter has other `modules_to_save`; an empty `heads` changes nothing."""
-    before = heads_of(get_peft_model_state_dict(model, adapter_name=adapter)) if heads else {}
-    before = {key: value.detach().clone() for key, value in before.items()}
+    before = heads_of(adapter_state(model, adapter)) if heads else {}
+    before = {key: whole(value).detach().clone() for key, value in before.items()}
     load_adapter(model, adapter, heads)
     try:
         yield
@@ -290,10 +302,16 @@ def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
     """Loads tensors into an adapter. Raises a `ValueError` if the model has no place for some of them."""
     if not state:
         return
-    result = set_peft_model_state_dict(model, state, adapter_name=adapter)
-    if result.unexpected_keys:
+    held = adapter_state(model, adapter)
+    if any(is_sharded(value) for value in held.values()):
+        unexpected = sorted(state.keys() - held.keys())
+        for key in state.keys() & held.keys():
+            scatter(state[key].to(held[key].device, held[key].dtype).unsqueeze(0), [held[key]])
+    else:
+        unexpected = set_peft_model_state_dict(model, state, adapter_name=adapter).unexpected_keys
+    if unexpected:
         raise ValueError(
-            f"The adapter does not fit the model, which has no {', '.join(result.unexpected_keys)}. Load the base "
+            f"The adapter does not fit the model, which has no {', '.join(unexpected)}. Load the base "
             "model and the `target_modules` that it was trained with."
         )
 

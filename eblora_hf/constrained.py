@@ -1,7 +1,6 @@
 """The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .accumulators import Storage
@@ -21,7 +19,8 @@ from .composition import EARLIER_TASKS, activate
 from .config import EBLoRAConfig
 from .factors import load_state, save_state
 from .files import json_bytes, write
-from .gradients import mean_gradients, snapshot_indices
+from .fsdp import ShardedMixin
+from .gradients import mean_gradients, share_batches, snapshot_indices
 from .layers import AdaptedLayer
 from .methods import Method
 from .methods.base import Snapshot, Snapshots
@@ -37,7 +36,7 @@ _COLLECTORS = {
 }
 
 
-class ConstrainedMixin:
+class ConstrainedMixin(ShardedMixin):
     """
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
     allows.
@@ -83,11 +82,8 @@ class ConstrainedMixin:
         config = self.eblora_config
         even = config.snapshot_sampling == "even"
         indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
-        subset = dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
-        arguments, self.args = self.args, copy.copy(self.args)
-        self.args.dataloader_drop_last = False  # every chosen sample counts
-        loader = self._get_dataloader(subset, "Snapshot", min(self._train_batch_size, len(indices)))
-        self.args = arguments
+        shares = share_batches(indices, self._train_batch_size, self.args.process_index, self.args.world_size)
+        loader = self._snapshot_loader(dataset, [samples for samples, _ in shares])
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
         storage = Storage(config.snapshot_offload, config.snapshot_sketch)
@@ -100,8 +96,8 @@ class ConstrainedMixin:
                 return self.compute_loss(model, inputs, num_items_in_batch=count)
 
         def batches() -> Iterator[tuple[dict, int]]:
-            for inputs in loader:
-                yield self._prepare_inputs(inputs), find_batch_size(inputs)
+            for inputs, (_, weight) in zip(loader, shares, strict=True):
+                yield self._prepare_inputs(inputs), weight
 
         training = self.model.training
         self.model.eval()  # without dropout
@@ -113,6 +109,16 @@ class ConstrainedMixin:
                 return _COLLECTORS[of](self.model, self.layers, batches(), loss, storage)
         finally:
             self.model.train(training)
+
+    def _snapshot_loader(self, dataset: Any, batches: list[list[int]]) -> DataLoader:
+        """The given batches of a data set, through the trainer's collator; accelerate would deal them out again."""
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="Snapshot")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="Snapshot")
+        workers = self.args.dataloader_num_workers
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=workers)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""
@@ -181,30 +187,43 @@ class ConstrainedMixin:
         if self.is_in_train and self.args.should_save:
             write(Path(output_dir or self.args.output_dir) / METHOD_FILE, json_bytes(self.eblora_config.method))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def resume_from(self, checkpoint: str) -> None:
+        """
+        Sets what the constraint of the next training goes on from, which the parent resumes from the same checkpoint.
+
+        Raises:
+            FileNotFoundError: if a file of the checkpoint is missing; the message names it.
+            ValueError: if the checkpoint is of another method, or damaged.
+        """
+        folder = Path(checkpoint)
         for name in () if self.args.save_only_model else (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if not (Path(resume_from_checkpoint) / name).is_file():
+            # FSDP2 has names of its own for the optimizer
+            if not any(folder.glob("optimizer*" if self.is_fsdp_enabled and name == OPTIMIZER_NAME else name)):
                 raise FileNotFoundError(
-                    f"{name} is missing in {resume_from_checkpoint}: the training would go on with a fresh "
+                    f"{name} is missing in {checkpoint}: the training would go on with a fresh "
                     "optimizer. Delete the folder and resume from an earlier checkpoint."
                 )
-        path = Path(resume_from_checkpoint) / METHOD_FILE
+        path = folder / METHOD_FILE
         method = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self.eblora_config.method
         if method != self.eblora_config.method:
             raise ValueError(
-                f"{resume_from_checkpoint} was trained with the method {method!r}, not with "
+                f"{checkpoint} was trained with the method {method!r}, not with "
                 f"{self.eblora_config.method!r}. Resume with that method, or delete the folder to start the task "
                 "again."
             )
+        if self.method.constrained:
+            state = load_state(checkpoint)
+            self.start_from(self.method.resume(self.layers, state))
+            self._state = state
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         activate(self.model, self.adapter)  # the parent leaves one adapter active
-        if self.method.constrained:
-            self._state = load_state(resume_from_checkpoint)
-            self._start = self.method.resume(self.layers, self._state)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.adapter != "default":  # PEFT saves it in a sub-folder, where the parent does not look
+        if self.adapter != "default" and not self.is_fsdp_enabled:
+            # PEFT saves it in a sub-folder, where the parent does not look
             self.model.load_adapter(str(Path(self.state.best_model_checkpoint) / self.adapter), self.adapter)
         activate(self.model, self.adapter)
         if self.constraint is not None:

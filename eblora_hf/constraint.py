@@ -19,6 +19,8 @@ from .factor_stack import FactorStack, of_similar_width
 from .factors import Factors, check_state
 from .layers import AdaptedLayer
 from .optimizers import ParameterGroups, is_normalised
+from .sharded_stack import ShardedStack
+from .sharding import is_sharded
 from .step_hooks import StepHooks
 
 _LARGEST_GRAM = 1e4  # of X + δ where nobody looks: a step δ a hundred times as large as a factor is divergence
@@ -132,7 +134,8 @@ class StiefelConstraint(StepHooks):
                 s = None if is_v else [factors[self.layers[index].name].s for index in indices]
                 scaling = None if is_v else [self.layers[index].scaling for index in indices]
                 bases_or_none = None if restrictions[0] is None else restrictions
-                stacks.append(FactorStack(masters, bases_or_none, parameters, indices, is_v, step_factor, s, scaling))
+                kind = ShardedStack if is_sharded(parameters[0]) else FactorStack
+                stacks.append(kind(masters, bases_or_none, parameters, indices, is_v, step_factor, s, scaling))
         return stacks
 
     def _scale_groups(self) -> list[dict]:
@@ -177,6 +180,8 @@ class StiefelConstraint(StepHooks):
             values.zero_()
         elif not stack.is_v:  # lora_A holds V as it is
             values.copy_(x)
+        stack.give_gradients(rows)
+        stack.give_values(rows)
 
     def apply_chain_rule(self, stack: FactorStack, rows: slice, z: torch.Tensor, inner: torch.Tensor) -> None:
         """
@@ -208,7 +213,7 @@ class StiefelConstraint(StepHooks):
         """Projects the increments the optimizer made and retracts."""
         moved, grams = [], []
         for stack, rows in batch:
-            x, y = stack.x[rows], stack.values[rows].to(stack.x.dtype)  # the parameters' memory, if of that dtype
+            x, y = stack.x[rows], stack.take_values(rows).to(stack.x.dtype)  # the same memory, if of that dtype
             basis = stack.basis_of(rows)
             if stack.lends_masters:
                 y.sub_(x)
@@ -253,6 +258,7 @@ class StiefelConstraint(StepHooks):
             torch.mul(x, stack.ratios(rows), out=values)
         else:
             values.copy_(x * stack.ratios(rows))
+        stack.give_values(rows)
 
     # ---- state ----
 

@@ -46,7 +46,7 @@ class EarlierTasks:
         """
         self.restore()
         self._layers, self._state = layers, state
-        if self.merge and all(torch.finfo(layer.weight.dtype).bits >= 32 for layer in layers):
+        if self.merge and not any(layer.quantized or torch.finfo(layer.weight.dtype).bits < 32 for layer in layers):
             load_adapter(model, layers[0].adapter, heads_of(state))
             self._merge()
             return {"form": "merged"}

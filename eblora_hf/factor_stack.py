@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from . import stiefel
+from .sharding import gather
 
 _CACHE = 2**21  # bytes of one tensor of a run on a CPU: what a step touches of it then stays close to the core
 _PADDED = 1.25  # how much wider than its own a basis may be padded
@@ -58,7 +59,7 @@ class FactorStack:
             for row, width, basis in zip(rows, widths, bases, strict=True):
                 row[:width].copy_(basis.mT)
             self.basis = rows.mT
-        values = torch.stack([parameter.detach() for parameter in parameters])
+        values = gather([parameter.detach() for parameter in parameters])
         gradients = torch.zeros_like(values)
         self.values, self.gradients = self._tall(values), self._tall(gradients)
         self._value_rows, self._gradient_rows = list(values.unbind()), list(gradients.unbind())
@@ -122,6 +123,16 @@ class FactorStack:
         for parameter, target in zip(self.parameters[rows], targets, strict=True):
             parameter.grad = target
         return self.gradients[rows]
+
+    def give_gradients(self, rows: slice) -> None:
+        """Passes what is in `gradients` on to the parameters; here it is the same memory."""
+
+    def take_values(self, rows: slice) -> torch.Tensor:
+        """Brings the parameters into `values` and returns that slice of it; here it is the same memory."""
+        return self.values[rows]
+
+    def give_values(self, rows: slice) -> None:
+        """Passes what is in `values` on to the parameters; here it is the same memory."""
 
     def active(self) -> list[slice]:
         """The runs of factors whose parameter has a gradient; on a CPU each is short enough to stay in its cache."""

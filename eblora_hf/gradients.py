@@ -10,6 +10,7 @@ from torch import nn
 
 from .accumulators import Storage
 from .layers import AdaptedLayer
+from .sharding import trains_shards
 from .sketch import Sketch
 
 _ON_DEVICE = Storage()
@@ -42,6 +43,27 @@ def snapshot_indices(num_samples: int, fraction: float, seed: int | None = None)
     return permutation[:count].sort().values.tolist()
 
 
+def share_batches(indices: list[int], size: int, rank: int = 0, processes: int = 1) -> list[tuple[list[int], int]]:
+    """
+    The batches that one of several processes takes of a snapshot, and their weights.
+
+    All processes get as many batches, as collectives inside a forward pass need; one that has no batch left repeats
+    the first with weight 0. So every sample counts once, whatever the number of processes.
+
+    Args:
+        indices (`list[int]`): Samples of the snapshot.
+        size (`int`): Samples of a batch.
+        rank (`int`), processes (`int`): Which process of how many.
+
+    Returns:
+        `list[tuple[list[int], int]]`: Samples of each batch, and their number or 0.
+    """
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    own = [(batch, len(batch)) for batch in batches[rank::processes]]
+    rounds = -(-len(batches) // processes)
+    return own + [(batches[0], 0)] * (rounds - len(own))
+
+
 def mean_gradients(
     model: nn.Module,
     layers: list[AdaptedLayer],
@@ -60,7 +82,8 @@ def mean_gradients(
     Args:
         model (`nn.Module`): The model, unwrapped. Its parameters, their gradients and flags are left as they were.
         layers (`list[AdaptedLayer]`): The layers to take gradients of.
-        batches (iterable of `(inputs, n)`): Batches with their weight n in the mean, usually the number of samples.
+        batches (iterable of `(inputs, n)`): Batches with their weight n in the mean, usually the number of samples. A
+            batch of weight 0 counts for nothing.
         loss (`Callable`): Maps model and inputs to the scalar mean loss of the batch.
         storage ([`Storage`], *optional*): Where the sums are kept, and whether they are sketches.
 
@@ -76,6 +99,8 @@ def mean_gradients(
     batch_weight = 0.0
 
     def add(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+        if batch_weight == 0:
+            return
         rows = (delta.flatten(0, -2).to(layer.sum_dtype), x.flatten(0, -2).to(layer.sum_dtype))
         sums[layer.name].add(*rows, batch_weight)
 
@@ -143,7 +168,7 @@ def observed_gradients(
     handles = [layer.module.register_forward_pre_hook(let_gradients_flow) for layer in layers]
     handles += [layer.module.register_forward_hook(observe(layer)) for layer in layers]
     try:
-        with frozen(model):
+        with _untouched(model):
             yield
     finally:
         for handle in handles:
@@ -162,12 +187,17 @@ def all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the context no parameter gets a gradient; they keep those they had."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Within the context no parameter gets a gradient, or none that stays; they keep those they had."""
+    parameters = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    keep_flags = trains_shards(model)  # FSDP2 decides in the first forward pass which parameters are trained
     try:
-        model.requires_grad_(False)
+        model.requires_grad_(False) if not keep_flags else None
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
+            if not keep_flags:
+                parameter.requires_grad_(flag)
+            parameter.grad = gradient

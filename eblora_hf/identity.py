@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layers import is_quantized
+from .sharding import whole
+
 
 def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[str, Any]:
     """
@@ -21,24 +24,29 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[s
     Returns:
         `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
         one of up to 4,096 values of each, rounded to bf16 so that the precision it is loaded in does not matter
-        (`None` for fp16 and integer weights, which round differently).
+        (`None` for fp16 and quantized weights, which round differently).
     """
     config = getattr(model, "config", None)
     revision = getattr(config, "_commit_hash", None)
     labels = getattr(config, "num_labels", None) if type(model).__name__.endswith("Classification") else None
     shapes, values = [], hashlib.sha256()
+    packed = {  # quantized weights are stored in another shape
+        f"{name}.weight": [module.out_features, module.in_features]
+        for name, module in model.named_modules()
+        if is_quantized(module)
+    }
     own = {
-        name.replace(".base_layer", "").replace(".original_module", ""): parameter
+        name.replace(".base_layer", "").replace(".original_module", ""): (name, parameter)
         for name, parameter in model.named_parameters()
         if ".lora_" not in name and ".modules_to_save." not in name  # what PEFT added
     }
-    for name, parameter in sorted(own.items()):
-        shapes.append((name, list(parameter.shape)))
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    for name, (stored, parameter) in sorted(own.items()):
+        shapes.append((name, packed.get(stored, list(parameter.shape))))
+        if stored in packed or parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             values = None
         elif values is not None and not any(f".{head}." in f".{name}" for head in heads):
             every = max(parameter.numel() // 4096, 1)
-            sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
+            sample = whole(parameter.detach()).flatten()[::every].to("cpu", torch.bfloat16)
             values.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return {
         # only a model that came from the Hub has a commit; paths of one machine are nobody else's business

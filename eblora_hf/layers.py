@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 # `init_lora_weights` values that start from a zero update; pissa, olora, corda, loftq and others change the base
 # weights
 _PLAIN_INITS = (True, "gaussian", "eva")
+_QUANTIZED = ("Params4bit", "Int8Params")  # the weights of bitsandbytes, which need not be installed
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class AdaptedLayer:
 
     Args:
         name (`str`): Path of the layer in the base model, e.g. `"model.layers.0.self_attn.q_proj"`.
-        module (`peft.tuners.lora.layer.Linear`): The PEFT module around the layer.
+        module (`peft.tuners.lora.layer.LoraLayer`): The PEFT module around the layer.
         adapter (`str`): Name of the adapter.
         depth (`int`, *optional*): Position of its block among the model's transformer blocks; `None` outside any
             block.
@@ -31,7 +32,7 @@ class AdaptedLayer:
     """
 
     name: str
-    module: LoraLinear
+    module: LoraLayer
     adapter: str
     depth: int | None
     num_blocks: int
@@ -46,8 +47,19 @@ class AdaptedLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The frozen weight as the model stores it: `(d_out, d_in)`, transposed in GPT-2's Conv1D."""
+        """The frozen weight as the model stores it: `(d_out, d_in)`, transposed in GPT-2's Conv1D; or quantized."""
         return self.module.get_base_layer().weight
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is one of bitsandbytes, in 4 or 8 bits."""
+        return is_quantized(self.module.get_base_layer())
+
+    def dense_weight(self) -> torch.Tensor:
+        """The frozen weight as numbers, `(d_out, d_in)` in float32 or wider."""
+        base = self.module.get_base_layer()
+        weight = _dequantized(base) if self.quantized else base.weight
+        return self.oriented(weight.detach().to(self.sum_dtype))
 
     @property
     def scaling(self) -> float:
@@ -74,6 +86,33 @@ class AdaptedLayer:
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
         """Turns a tensor stored like `weight` into shape `(d_out, d_in)`."""
         return weight.T if isinstance(self.module.get_base_layer(), Conv1D) else weight
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module's weight is one of bitsandbytes, in 4 or 8 bits."""
+    return type(getattr(module, "weight", None)).__name__ in _QUANTIZED
+
+
+def _dequantized(module: nn.Module) -> torch.Tensor:
+    """The weight of a bitsandbytes layer in floating point; PEFT's function for it loses the scales on a CPU."""
+    weight = module.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    scales = module.state.SCB if weight.SCB is None else weight.SCB  # the first forward pass takes them over
+    return weight.data.float() * scales.unsqueeze(1) / 127.0
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """
+    On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights for inference in the first evaluation, into a form that
+    no gradient passes, and leaves them so. This undoes it and switches it off, or training would go wrong silently.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.weight.cpu()  # in place, if it was packed
 
 
 def find_layers(model: PeftModel, adapter: str) -> list[AdaptedLayer]:
@@ -185,15 +224,20 @@ def _check_config(config) -> None:
 
 def _check_module(name: str, module: LoraLayer, adapter: str) -> None:
     base = module.get_base_layer()
-    if type(module) is not LoraLinear or not isinstance(base, (nn.Linear, Conv1D)):
+    plain = isinstance(module, LoraLinear) and isinstance(base, (nn.Linear, Conv1D))
+    if not plain and not is_quantized(base):
         raise ValueError(
-            f"{name}: LoRA on {type(base).__name__} ({type(module).__name__}) is not supported: only nn.Linear and "
-            "Conv1D have the weight matrix that the gradient subspace is taken of. Leave it out of `target_modules`."
+            f"{name}: LoRA on {type(base).__name__} ({type(module).__name__}) is not supported: only nn.Linear, "
+            "Conv1D and the 4- and 8-bit layers of bitsandbytes have the weight matrix that the gradient subspace is "
+            "taken of. Leave it out of `target_modules`."
         )
     if module.lora_variant.get(adapter) is not None:
         variant = type(module.lora_variant[adapter]).__name__
         raise ValueError(f"{name}: the LoRA variant {variant} is not supported, its update is not s·U·Vᵀ.")
     if module.merged:
         raise ValueError(f"{name}: the adapter is merged into the base. Call `model.unmerge_adapter()` first.")
-    if not base.weight.is_floating_point():
-        raise ValueError(f"{name}: a weight of dtype {base.weight.dtype} (a quantised base) is not supported yet.")
+    if not base.weight.is_floating_point() and not is_quantized(base):
+        raise ValueError(
+            f"{name}: a weight of dtype {base.weight.dtype} is not supported: of quantized bases only those of "
+            "bitsandbytes are (`BitsAndBytesConfig`)."
+        )

@@ -35,7 +35,7 @@ def feature_moments(
     Args:
         model (`nn.Module`): The model, unwrapped.
         layers (`list[AdaptedLayer]`): The layers whose inputs are observed.
-        batches (iterable of `(inputs, n)`): Batches; n is not used, every token counts alike.
+        batches (iterable of `(inputs, n)`): Batches; every token counts alike, or for nothing where n is 0.
         forward (`Callable`): Runs the model on the inputs.
         storage ([`Storage`], *optional*): Where the sums are kept, and whether they are sketches.
 
@@ -50,18 +50,21 @@ def feature_moments(
     # a decoder's own mask may have the shape of the encoder's by accident, so that only one-stream models are masked
     masked = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     mask: torch.Tensor | None = None
+    count = 0
 
     def observe(layer: AdaptedLayer) -> Callable:
         def hook(module: nn.Module, arguments: tuple) -> None:
             x = arguments[0]  # (..., d_in)
-            moments.add(layer, x[mask] if mask is not None and x.shape[:-1] == mask.shape else x)
+            if count:
+                moments.add(layer, x[mask] if mask is not None and x.shape[:-1] == mask.shape else x)
 
         return hook
 
     handles = [layer.module.register_forward_pre_hook(observe(layer)) for layer in layers]
     try:
         with torch.no_grad():
-            for inputs, _ in batches:
+            for inputs, samples in batches:
+                count = samples
                 mask = inputs["attention_mask"].bool() if masked and "attention_mask" in inputs else None
                 forward(model, inputs)
     finally:
@@ -91,6 +94,8 @@ def token_gradient_moments(
     samples = 0
 
     def add(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+        if samples == 0:
+            return
         weights = (delta.to(layer.sum_dtype) * samples).norm(dim=-1, keepdim=True)  # ‖δ‖, (..., 1)
         moments.add(layer, x * weights)
 
@@ -129,4 +134,3 @@ class _Moments:
                 )
             means[layer.name] = self._sums.pop(layer.name).mean(count.item())
         return means
-

@@ -34,6 +34,7 @@ from .methods.base import Snapshot
 from .processes import spread_over_processes
 from .publisher import PublishingMixin
 from .sequence import PublishedSequence
+from .sharding import scatter
 
 logger = logging.get_logger(__name__)
 
@@ -65,8 +66,11 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         set_seed(seed)
         if checkpoint is None:
             for layer in self.layers:  # as PEFT draws it
-                torch.nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
+                fresh = torch.empty(layer.lora_A.shape, dtype=layer.lora_A.dtype, device=layer.lora_A.device)
+                scatter(torch.nn.init.kaiming_uniform_(fresh, a=5**0.5).unsqueeze(0), [layer.lora_A])
             self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
+        else:
+            self.resume_from(checkpoint)
         self.task_callback.begin_task(task.name)
         set_seed(seed)
         with self._arguments_of(task):
@@ -77,7 +81,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         self.method.finish_training(self.layers)
         factors = self.constraint.factors() if self.constraint is not None else {}
         accuracies = self._accuracies(task)
-        self._unwrap()
+        self.unwrap()
         with self._kept_if_it_fails(task):
             extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
             self.task_callback.end_task(
@@ -104,7 +108,8 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
 
     def _reset(self, published: PublishedSequence) -> None:
         """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
-        self._unwrap()
+        self.unwrap()
+        self.shard()
         self.layers = find_layers(self.model, self.adapter)
         self.earlier_record = {}
         if published.tasks:
@@ -127,16 +132,6 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = 0
-
-    def _unwrap(self) -> None:
-        """
-        Takes off what accelerate put around the model. Left on, wrappers nest with every task, and a distributed one
-        would go on reducing the gradients of the adapter before.
-        """
-        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
-        self.model_wrapped = self.model
-        self.model.__dict__.pop("_is_accelerate_prepared", None)  # or accelerate would not wrap it again
 
     @contextlib.contextmanager
     def _arguments_of(self, task: Task) -> Iterator[None]:
@@ -219,7 +214,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         Leaves one adapter on the model, the sum of all tasks, so that whatever is saved next is all that was learnt.
         """
         published = self.task_callback.sequence
-        self._unwrap()
+        self.unwrap()
         self.earlier_tasks.restore()
         if len(published.tasks) > 1:
             replace_adapter(self.model, self.adapter, concatenate(published.adapters()))

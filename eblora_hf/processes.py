@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .layers import AdaptedLayer
+from .sharding import is_sharded
 
 
 def spread_over_processes(
@@ -16,7 +17,8 @@ def spread_over_processes(
     What `compute` says of each layer, on all processes the same to the last bit.
 
     Every process computes a share of the layers, since decompositions take long and may differ in the last bit from
-    one to the other. What `compute` writes into the adapters of its layers reaches the other processes as well.
+    one to the other. What `compute` writes into the adapters of its layers reaches the other processes as well;
+    sharded adapters it must leave alone.
 
     Args:
         compute (`Callable`): Returns numbers or dataclasses by layer name for some layers.
@@ -39,7 +41,8 @@ def spread_over_processes(
             raise share
     for index, layer in enumerate(layers):
         for parameter in (layer.lora_A, layer.lora_B):
-            torch.distributed.broadcast(parameter.data, src=index % size)
+            if not is_sharded(parameter):
+                torch.distributed.broadcast(parameter.data, src=index % size)
     results = {name: value for share in shares for name, value in share.items()}
     return {layer.name: results[layer.name] for layer in layers if layer.name in results}
 

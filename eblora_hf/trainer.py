@@ -14,14 +14,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .arguments import check_layers, check_set_up, read_tasks, unsupported_launcher, with_adapter
+from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
 from .earlier_tasks import EarlierTasks
 from .hub import check_beginning, fetch_sequence
 from .identity import describe_base_model
-from .layers import find_layers
+from .layers import find_layers, keep_differentiable
 from .methods import build_method
 from .metrics import continual_metrics
 from .one_task import OneTaskMixin
@@ -82,6 +82,7 @@ class ContinualMixin(OneTaskMixin):
         try:
             self.adapter = model.active_adapters[0]
             self.layers = find_layers(model, self.adapter)
+            keep_differentiable(model)
             check_layers(self.layers, self.adapter, self.method.orthonormal or not self.method.trains_lora_A)
             self.tasks = read_tasks(arguments, task_name)
             if arguments.get("args") is None:
@@ -91,8 +92,7 @@ class ContinualMixin(OneTaskMixin):
             arguments["args"] = copy.copy(arguments["args"])
             arguments["args"].push_to_hub = False
             super().__init__(**arguments)
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by `accelerate launch`
-                raise ValueError(unsupported_launcher("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
+            self.check_sharding()
         except Exception:
             if model is not given:
                 model.unload()  # the user's model as it was, for the next try
@@ -100,7 +100,7 @@ class ContinualMixin(OneTaskMixin):
             raise
         self.source = sequence
         # autocast and TF32 would round away most of a small update on top of weights that were once in bf16
-        exact = not (self.args.bf16 or self.args.fp16) and multiplies_exactly()
+        exact = not (self.args.bf16 or self.args.fp16) and multiplies_exactly() and not self.is_fsdp_enabled
         merge = exact and self.method.merges_earlier_tasks and self.eblora_config.snapshot_at != "pretrained"
         self.earlier_tasks = EarlierTasks(merge, self.eblora_config.earlier_tasks_error)
         self._given_optimizer = self.optimizer

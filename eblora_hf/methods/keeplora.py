@@ -58,8 +58,7 @@ class KeepLoRA(Method):
         """
         if self.config.weight_energy == 0.0:
             return None
-        weight = layer.oriented(layer.weight.detach())
-        directions = principal_weight_directions(weight, self.config.weight_energy, name=layer.name)
+        directions = principal_weight_directions(layer.dense_weight(), self.config.weight_energy, name=layer.name)
         if basis is not None:
             basis = basis.to(directions)
             left, sigma, _ = torch.linalg.svd(restrict(directions, basis), full_matrices=False)

@@ -1,18 +1,31 @@
-"""Run under torchrun by test_processes.py: two tasks on every process, then each process writes what it holds."""
+"""
+Run by test_processes.py, under torchrun or alone: two tasks on every process, which then writes what it holds.
 
+The argument is JSON: `folder`, `per_device`, `method`, and if wanted `shard` (FSDP2), `steps` of a task, `dtype`,
+`interrupt` at a step of the second task, `resume`, or `stock`: plain LoRA by the stock Trainer, on the first task.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig
+from eblora_hf.sharding import whole
 from tests.conftest import lora, make_arguments, make_model, make_text_data
+from tests.launch.fsdp2 import FSDP2OnCPU
 
-folder, per_device, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-held = {}
+options = json.loads(sys.argv[1])
+folder, held = Path(options["folder"]), {}
+
+
+class Sharded(FSDP2OnCPU, ContinualEBLoRATrainer):
+    pass
 
 
 class Hold(TrainerCallback):
@@ -20,24 +33,54 @@ class Hold(TrainerCallback):
 
     def on_train_end(self, args, state, control, model, **kwargs):
         task = Path(args.output_dir).name
-        held.update({f"{task}.{name}": p.detach().clone() for name, p in model.named_parameters() if "lora_" in name})
+        parameters = [(name, p) for name, p in model.named_parameters() if "lora_" in name and "earlier" not in name]
+        held.update({f"{task}.{name}": whole(p.detach()).clone() for name, p in parameters})
 
 
-backend = {"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}
-trainer = ContinualEBLoRATrainer(
-    model=make_model("llama"),
-    args=make_arguments(folder / "out", per_device_train_batch_size=per_device, max_steps=10, **backend),
-    peft_config=lora(),
-    train_dataset={name: make_text_data("llama", seed=i, size=32) for i, name in enumerate(("one", "two"))},
-    eblora_config=EBLoRAConfig(method=method, snapshot_fraction=1.0, direction_lr=0.05, scale_lr=0.01),
-    callbacks=[Hold()],
-)
-trainer.train()
-if trainer.constraint is not None:
+class Interrupt(TrainerCallback):
+    """Ends the process in the middle of the second task, after a checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if Path(args.output_dir).name == "two" and state.global_step == options["interrupt"]:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        os._exit(0)
+
+
+def make_trainer():
+    backend = {"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}
+    args = make_arguments(
+        folder / "out",
+        per_device_train_batch_size=options["per_device"],
+        max_steps=options.get("steps", 10),
+        lr_scheduler_type="cosine",
+        **backend,
+    )
+    model = make_model("llama", dtype=getattr(torch, options.get("dtype", "float32")))
+    data = {name: make_text_data("llama", seed=i, size=32) for i, name in enumerate(("one", "two"))}
+    if options.get("stock"):
+        return Trainer(model=get_peft_model(model, lora()), args=args, train_dataset=data["one"], callbacks=[Hold()])
+    config = EBLoRAConfig(method=options["method"], snapshot_fraction=1.0, direction_lr=0.05, scale_lr=0.01)
+    return (Sharded if options.get("shard") else ContinualEBLoRATrainer)(
+        model=model,
+        args=args,
+        peft_config=lora(),
+        train_dataset=data,
+        eblora_config=config,
+        callbacks=[Hold(), *([Interrupt()] if "interrupt" in options else [])],
+    )
+
+
+trainer = make_trainer()
+trainer.train(resume_from_checkpoint=True if options.get("resume") else None)
+if getattr(trainer, "constraint", None) is not None:
     held |= {f"constraint.{key}": value for key, value in trainer.constraint.state_dict().items()}
-held |= {f"bases.{key}": value for key, value in trainer.bases.items()}
-save_file(
-    {key: value.contiguous() for key, value in held.items()}, folder / f"rank{trainer.args.process_index}.safetensors"
-)
+held |= {f"bases.{key}": value for key, value in getattr(trainer, "bases", {}).items()}
+trainer.save_model(str(folder / "saved"))
+rank = trainer.args.process_index
+save_file({key: value.contiguous() for key, value in held.items()}, folder / f"rank{rank}.safetensors")
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()

@@ -1,0 +1,150 @@
+"""What a `Trainer` needs so that a sequence of tasks can be learnt on a model sharded by FSDP2."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from .composition import load_adapter
+from .factors import load_state
+from .methods import Method
+from .sharding import whole
+from .step_hooks import StepHooks
+
+_METHODS = ("eblora", "ebo", "lora")  # the others write into adapters, or look at whole weights
+
+
+class ShardedMixin:
+    """
+    Overrides what a `Trainer` does with a model that accelerate shards by FSDP2, and nothing where it does not.
+
+    The model is sharded before the first snapshot and stays so: sharding cannot be taken off again, so that all tasks
+    train the same parameters. Only the adapter is gathered to be saved.
+    """
+
+    method: Method
+    adapter: str
+    constraint: StepHooks | None
+    _state: dict[str, torch.Tensor] | None
+
+    def check_sharding(self) -> None:
+        """
+        Raises a `ValueError` if the model would be sharded or flattened in a way that the constraint cannot follow.
+        """
+        if self.is_deepspeed_enabled:  # asked for by `accelerate launch`
+            raise ValueError(unsupported_launcher("DeepSpeed"))
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            raise ValueError(unsupported_launcher("a model sharded at load time (`DistributedConfig`)"))
+        if not self.is_fsdp_enabled:
+            if self.args.fsdp:
+                raise ValueError(
+                    "fsdp was asked for, but accelerate does not shard on this device (on a CPU it takes "
+                    "DistributedDataParallel instead without a word). Remove the argument."
+                )
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(unsupported_launcher("FSDP version 1"))
+        reasons = {
+            "cpu_ram_efficient_loading": "the snapshot before the first task needs the weights on every process",
+            "activation_checkpointing": "it would be put around the model once more with every task; use "
+            "TrainingArguments(gradient_checkpointing=True)",
+            "cpu_offload": "factors are gathered on the device",
+        }
+        offloads = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+        for option, reason in reasons.items():
+            if offloads if option == "cpu_offload" else getattr(plugin, option):
+                raise ValueError(f"FSDP2 with {option} is not supported: {reason}.")
+        if self.args.torch_compile:
+            raise ValueError("torch_compile together with FSDP2 is not supported: drop one of the two.")
+        if self.eblora_config.method not in _METHODS:
+            raise ValueError(
+                f"The method {self.eblora_config.method!r} needs whole weights or writes into adapters, which FSDP2 "
+                f"shards. Use DistributedDataParallel, or one of {', '.join(_METHODS)}."
+            )
+
+    def shard(self) -> None:
+        """Shards the model, if it is to be and is not yet."""
+        if not self.is_fsdp_enabled or self._fsdp_modules():
+            return
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        stand_in = torch.optim.SGD(trained, lr=1.0)  # accelerate takes a model only together with an optimizer
+        self.model, _ = self.accelerator.prepare(self.model, stand_in)
+        self.unwrap()
+
+    def unwrap(self) -> None:
+        """
+        Takes off what accelerate put around the model. Left on, wrappers nest with every task, and a distributed one
+        would go on reducing the gradients of the adapter before.
+        """
+        if self.is_fsdp_enabled:
+            for module in self._fsdp_modules():
+                module.reshard()  # an evaluation leaves whole parameters behind, which would be written to in vain
+        else:
+            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)  # or accelerate would not wrap it again
+        self.accelerator.free_memory()
+        self.model_wrapped = self.model
+        if self._fsdp_modules():
+            self.accelerator._models.append(self.model)  # or an evaluation would prepare it without an optimizer
+
+    def _fsdp_modules(self) -> list[nn.Module]:
+        if not self.is_fsdp_enabled:
+            return []
+        from torch.distributed.fsdp import FSDPModule
+
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._trained = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.is_fsdp_enabled:
+            # accelerate looks the parameters up by address once more, and a process without a row of one has none
+            for group, parameters in zip(self.optimizer.param_groups, self._trained, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        names = {id(value): name for name, value in self.model.state_dict(keep_vars=True).items()}
+        adapter = {names[id(value)]: whole(value.detach()).cpu() for value in self._adapter_parameters()}
+        self._save(output_dir or self.args.output_dir, state_dict=adapter)
+
+    def _adapter_parameters(self) -> list[nn.Parameter]:
+        """Of the trained adapter, its `modules_to_save` included."""
+        return [p for name, p in self.model.named_parameters() if f".{self.adapter}." in name]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_whole_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_best_model()
+        self._load_whole_adapter(self.state.best_model_checkpoint)
+
+    def _load_whole_adapter(self, folder: str) -> None:
+        path = Path(folder) / ("" if self.adapter == "default" else self.adapter) / SAFETENSORS_WEIGHTS_NAME
+        load_adapter(self.model, self.adapter, safetensors.torch.load_file(path))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_fsdp_enabled and checkpoint is not None and self.constraint is not None:
+            # torch makes room for a sharded optimizer's state by a step at learning rate 0, which has moved ours
+            self.constraint.load_state_dict(load_state(checkpoint))
+
+
+def unsupported_launcher(name: str) -> str:
+    """What to say of what cannot be used."""
+    return (
+        f"{name} is not supported: the constraint needs whole LoRA matrices in the optimizer, or shards that it can "
+        "gather, and this splits or flattens them in another way. Use DistributedDataParallel (plain `torchrun` or "
+        "`accelerate launch`) or FSDP2 (`fsdp_version: 2`)."
+    )

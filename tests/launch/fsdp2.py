@@ -1,0 +1,24 @@
+"""FSDP2 on CPUs."""
+
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+
+class FSDP2OnCPU:
+    """
+    Goes before a trainer class: makes accelerate shard the model by `fully_shard` over gloo.
+
+    On CPUs accelerate ignores that FSDP was asked for. Told here that it was, it takes the path of a GPU run from
+    `Accelerator.prepare` on, and the Trainer with it.
+    """
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        self.is_fsdp_enabled = True
