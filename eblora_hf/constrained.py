@@ -15,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .accumulators import Storage
-from .composition import EARLIER_TASKS, activate
+from .composition import EARLIER_TASKS, activate, adapter_state
 from .config import EBLoRAConfig
 from .factors import load_state, save_state
 from .files import json_bytes, write
@@ -26,6 +26,7 @@ from .methods import Method
 from .methods.base import Snapshot, Snapshots
 from .moments import feature_moments, token_gradient_moments
 from .optimizers import plain_optimizer
+from .sharding import whole
 from .step_hooks import StepHooks
 
 METHOD_FILE = "eblora_method.json"  # beside each checkpoint
@@ -62,6 +63,13 @@ class ConstrainedMixin(ShardedMixin):
         if self.constraint is not None:
             self.constraint.detach()
         self.constraint, self._start, self._state = None, start, None
+
+    def start_tensors(self) -> dict[str, torch.Tensor]:
+        """What the task starts from: its adapter, and what the constraint is given."""
+        tensors = {key: whole(value) for key, value in adapter_state(self.model, self.adapter).items()}
+        for name, start in self._start.items():
+            tensors |= {f"{key} of {name}": x for key, x in vars(start).items() if isinstance(x, torch.Tensor)}
+        return tensors
 
     def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> Snapshots:
         """

@@ -10,6 +10,7 @@ from torch import nn
 from .composition import load_adapter
 from .factors import load_state
 from .methods import Method
+from .processes import check_same_everywhere
 from .sharding import whole
 from .step_hooks import StepHooks
 
@@ -69,6 +70,13 @@ class ShardedMixin:
         """Shards the model, if it is to be and is not yet."""
         if not self.is_fsdp_enabled or self._fsdp_modules():
             return
+        check_same_everywhere(  # every process would keep a shard of its own model
+            {
+                name: parameter.detach().flatten()[:: max(parameter.numel() // 4096, 1)]
+                for name, parameter in self.model.named_parameters()
+                if ".lora_" not in name  # drawn anew for every task
+            }
+        )
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         stand_in = torch.optim.SGD(trained, lr=1.0)  # accelerate takes a model only together with an optimizer
         self.model, _ = self.accelerator.prepare(self.model, stand_in)

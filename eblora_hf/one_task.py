@@ -31,7 +31,7 @@ from .earlier_tasks import EarlierTasks
 from .layers import find_layers
 from .methods import build_method
 from .methods.base import Snapshot
-from .processes import spread_over_processes
+from .processes import check_same_everywhere, spread_over_processes
 from .publisher import PublishingMixin
 from .sequence import PublishedSequence
 from .sharding import scatter
@@ -71,6 +71,7 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
             self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
         else:
             self.resume_from(checkpoint)
+        check_same_everywhere(self.start_tensors())
         self.task_callback.begin_task(task.name)
         set_seed(seed)
         with self._arguments_of(task):
@@ -84,8 +85,11 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
         self.unwrap()
         with self._kept_if_it_fails(task):
             extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
+            adapter = folded_adapter(self.model, self.layers, factors)
+            columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
+            check_same_everywhere(adapter | columns)
             self.task_callback.end_task(
-                folded_adapter(self.model, self.layers, factors),
+                adapter,
                 self.model.peft_config[self.adapter],
                 extensions,
                 steps=self.state.global_step,

@@ -1,10 +1,12 @@
-"""Decompositions of many layers, shared out among the processes of a distributed run."""
+"""Work on many layers shared out among the processes of a distributed run, and a check that all hold the same."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from .layers import AdaptedLayer
 from .sharding import is_sharded
@@ -45,6 +47,42 @@ def spread_over_processes(
                 torch.distributed.broadcast(parameter.data, src=index % size)
     results = {name: value for share in shares for name, value in share.items()}
     return {layer.name: results[layer.name] for layer in layers if layer.name in results}
+
+
+def broadcast_model(model: nn.Module) -> None:
+    """Gives all processes the first one's parameters and buffers, as DistributedDataParallel does when it wraps."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.data, src=0)
+
+
+def check_same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Compares checksums of tensors over all processes.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): By name, what should be the same to the last bit on all of them.
+
+    Raises:
+        RuntimeError: on all processes if it is not; the message names a tensor.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    own = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, own)
+    different = sorted(name for name in everywhere[0] if len({other.get(name) for other in everywhere}) > 1)
+    if different:
+        raise RuntimeError(
+            f"The processes hold different values of {len(different)} tensors that have to be the same to the last "
+            f"bit, {different[0]} for one. Do all load the same model and run the same code on the same kind of "
+            "device? If they have come apart while training, resume from the last checkpoint."
+        )
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(data.numpy()).hexdigest()
 
 
 def _on_cpu(value: Any) -> Any:

@@ -25,6 +25,7 @@ from .layers import find_layers, keep_differentiable
 from .methods import build_method
 from .metrics import continual_metrics
 from .one_task import OneTaskMixin
+from .processes import broadcast_model
 from .publisher import Publisher
 from .sequence import PublishedSequence
 from .stiefel import multiplies_exactly
@@ -157,6 +158,8 @@ class ContinualMixin(OneTaskMixin):
                 self.earlier_tasks.leave(self.model)
 
     def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        if not self.is_fsdp_enabled:
+            broadcast_model(self.model)  # before the first snapshot, which comes before accelerate does it
         published = self._open_sequence(resuming=bool(resume))
         self.remove_callback(TaskSequenceCallback)
         keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)

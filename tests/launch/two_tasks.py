@@ -2,7 +2,8 @@
 Run by test_processes.py, under torchrun or alone: two tasks on every process, which then writes what it holds.
 
 The argument is JSON: `folder`, `per_device`, `method`, and if wanted `shard` (FSDP2), `steps` of a task, `dtype`,
-`interrupt` at a step of the second task, `resume`, or `stock`: plain LoRA by the stock Trainer, on the first task.
+`interrupt` at a step of the second task, `resume`, `unseeded` models, `drift` of one process, or `stock`: plain LoRA
+by the stock Trainer, on the first task.
 """
 
 import json
@@ -35,6 +36,8 @@ class Hold(TrainerCallback):
         task = Path(args.output_dir).name
         parameters = [(name, p) for name, p in model.named_parameters() if "lora_" in name and "earlier" not in name]
         held.update({f"{task}.{name}": whole(p.detach()).clone() for name, p in parameters})
+        if options.get("drift") and args.process_index == 1:
+            trainer.constraint.factors()["model.layers.1.mlp.up_proj"].U[0, 0] += 1e-6
 
 
 class Interrupt(TrainerCallback):
@@ -59,7 +62,8 @@ def make_trainer():
         lr_scheduler_type="cosine",
         **backend,
     )
-    model = make_model("llama", dtype=getattr(torch, options.get("dtype", "float32")))
+    seed = int(os.environ.get("RANK", 0)) if options.get("unseeded") else 0
+    model = make_model("llama", seed, dtype=getattr(torch, options.get("dtype", "float32")))
     data = {name: make_text_data("llama", seed=i, size=32) for i, name in enumerate(("one", "two"))}
     if options.get("stock"):
         return Trainer(model=get_peft_model(model, lora()), args=args, train_dataset=data["one"], callbacks=[Hold()])
