@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from .config import EBLoRAConfig, Task, TaskSequence
     from .hub import SequenceConflictError, load_sequence, push_sequence
     from .metrics import ContinualMetrics, continual_metrics
+    from .seq2seq_trainer import ContinualEBLoRASeq2SeqTrainer
     from .sequence import PublishedSequence
+    from .sft_trainer import ContinualEBLoRASFTTrainer
     from .trainer import ContinualEBLoRATrainer, ContinualMixin
 
 # imported at first use: `import eblora_hf` and `eblora --help` load neither torch nor transformers
 _MODULE_OF = {
+    "ContinualEBLoRASFTTrainer": "sft_trainer",
+    "ContinualEBLoRASeq2SeqTrainer": "seq2seq_trainer",
     "ContinualEBLoRATrainer": "trainer",
     "ContinualMetrics": "metrics",
     "ContinualMixin": "trainer",
@@ -36,6 +40,8 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "ContinualEBLoRASFTTrainer",
+    "ContinualEBLoRASeq2SeqTrainer",
     "ContinualEBLoRATrainer",
     "ContinualMetrics",
     "ContinualMixin",

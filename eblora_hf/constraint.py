@@ -18,7 +18,7 @@ from . import stiefel, stiefel_inplace
 from .factor_stack import FactorStack, of_similar_width
 from .factors import Factors, check_state
 from .layers import AdaptedLayer
-from .optimizers import ParameterGroups, is_normalised
+from .optimizers import ParameterGroups, entry_size
 from .sharded_stack import ShardedStack
 from .sharding import is_sharded
 from .step_hooks import StepHooks
@@ -76,7 +76,6 @@ class StiefelConstraint(StepHooks):
         self.direction_lr, self.scale_lr = direction_lr, scale_lr
         self.step_scaling, self.step_constant = step_scaling, float(step_constant)
         self.tangent = tangent
-        self._normalised = is_normalised(self.optimizer)
         self._check(factors, bases or {})
         self._stacks = self._stack(factors, bases or {})
         scales = {index: s for stack in self._stacks for index, s in zip(stack.layers, stack.scales, strict=False)}
@@ -239,8 +238,10 @@ class StiefelConstraint(StepHooks):
             return (self.step_constant / r) ** 0.5
         if self.step_scaling == "rows":
             return (self.step_constant / d) ** 0.5
-        if self.step_scaling == "dimensionless" and self._normalised:
-            return self.direction_lr / (d**0.5 * self.groups.base_lr(self.groups.index(parameter)))
+        index = self.groups.index(parameter)
+        entry = entry_size(self.optimizer, self.optimizer.param_groups[index], *parameter.shape)
+        if self.step_scaling == "dimensionless" and entry is not None:
+            return self.direction_lr / (d**0.5 * self.groups.base_lr(index) * entry)
         return 1.0
 
     @torch.no_grad()

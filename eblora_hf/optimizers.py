@@ -2,7 +2,7 @@
 
 import torch
 
-# Their updates are normalised element by element, so an update divided by its learning rate has entries of order one
+# Their updates are normalised element by element: divided by the learning rate, they have entries of order one
 _NORMALISED = ("adam", "lion", "rmsprop", "adagrad", "adafactor", "ademamix")
 
 _REFUSED = {
@@ -13,6 +13,10 @@ _REFUSED = {
     "layerwisedummy": "layer-wise optimizers step inside the backward pass, before a constraint can act",
     "lamb": "it scales its steps by the size of the parameters, which is fixed on the manifold",
     "lars": "it scales its steps by the size of the parameters, which is fixed on the manifold",
+    "prodigy": "it estimates the length of its steps from how far parameters have moved, which a retraction changes",
+    "dadapt": "it estimates the length of its steps from how far parameters have moved, which a retraction changes",
+    "lorafa": "it leaves lora_A frozen, and steps lora_B along a projection of its own",
+    "riemannianpreconditioned": "its preconditioners are inverse Gram matrices of the factors, which are orthonormal",
     "lbfgs": "it needs a closure, which recomputes gradients after they were projected",
 }
 
@@ -61,10 +65,28 @@ def check_optimizer(subject: str, name: str) -> None:
             )
 
 
-def is_normalised(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer normalises its updates element by element (the Adam family, RMSprop, Lion, Adafactor…)."""
+def entry_size(optimizer: torch.optim.Optimizer, group: dict, rows: int, columns: int) -> float | None:
+    """
+    The root mean square entry of an optimizer's update of a matrix, divided by the learning rate, if it is known.
+
+    It is about 1 for optimizers that normalise their updates element by element (the Adam family, RMSprop, Lion,
+    Adafactor…). Muon makes updates orthonormal, so that the entries are 1/√max(rows, columns), then multiplies them
+    by √(rows / columns) where that is more than 1, or so that they are 0.2 (arXiv 2502.16982).
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        group (`dict`): Its group of the parameter.
+        rows (`int`), columns (`int`): Shape of the parameter.
+
+    Returns:
+        `float`; `None` for an optimizer whose updates are as large as the gradients (SGD), or an unknown one.
+    """
     names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
-    return any(stem in name for name in names for stem in _NORMALISED)
+    if any("muon" in name for name in names) and group.get("use_muon", True):
+        if group.get("adjust_lr_fn") == "match_rms_adamw":
+            return 0.2
+        return (max(1.0, rows / columns) / max(rows, columns)) ** 0.5
+    return 1.0 if any(stem in name for name in names for stem in (*_NORMALISED, "muon")) else None
 
 
 class ParameterGroups:

@@ -23,6 +23,7 @@ class StepHooks:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = plain_optimizer(optimizer)
         self._handles = []
+        self._under_way = False
 
     def attach(self) -> None:
         """Registers the hooks."""
@@ -55,17 +56,24 @@ class StepHooks:
                 f"{type(optimizer).__name__}.step() was given a closure, which would recompute the gradients after "
                 "they were projected. Compute gradients first, then call step() without arguments."
             )
+        if self._under_way:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() calls a step of its base class, which would be constrained twice "
+                "(or a step before this one failed half-way). Use the base class, or call its `step` outside."
+            )
         # A fused optimizer with a gradient scaler is called even when gradients overflowed and skips the step by
         # itself
         found_inf = getattr(optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf)
         if not self._skipped:
+            self._under_way = True
             self.before_step()
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not self._skipped:
             self.after_step()
+            self._under_way = False
 
     # ---- what the trainer records and saves ----
 

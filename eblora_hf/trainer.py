@@ -73,6 +73,7 @@ class ContinualMixin(OneTaskMixin):
         **kwargs,
     ):
         arguments = self._by_name(args, kwargs)
+        peft_config = arguments.pop("peft_config", peft_config)  # SFTTrainer takes it by position as well
         if eblora_config is not None and not isinstance(eblora_config, EBLoRAConfig):
             raise ValueError(f"`eblora_config` must be an EBLoRAConfig, got {eblora_config!r}.")
         self.eblora_config = eblora_config or EBLoRAConfig()

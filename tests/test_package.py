@@ -20,6 +20,8 @@ FLOORS = [
         "accumulators",
         "factors",
         "factor_stack",
+        "sharded_stack",
+        "sharding",
         "optimizers",
         "step_hooks",
         "constraint",
@@ -29,7 +31,20 @@ FLOORS = [
         "identity",
     },
     {"config", "methods", "index", "sequence", "hub", "card"},
-    {"callback", "publisher", "arguments", "constrained", "one_task", "trainer", "analysis", "benchmark", "cli"},
+    {
+        "callback",
+        "publisher",
+        "arguments",
+        "fsdp",
+        "constrained",
+        "one_task",
+        "trainer",
+        "seq2seq_trainer",
+        "sft_trainer",
+        "analysis",
+        "benchmark",
+        "cli",
+    },
 ]
 MODULES = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in ROOT.rglob("*.py"))
 
