@@ -93,7 +93,8 @@ class ShardedMixin:
         else:
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)  # or accelerate would not wrap it again
-        self.accelerator.free_memory()
+        if self.accelerator._models:  # otherwise there is nothing to free, and collecting garbage takes long
+            self.accelerator.free_memory()
         self.model_wrapped = self.model
         if self._fsdp_modules():
             self.accelerator._models.append(self.model)  # or an evaluation would prepare it without an optimizer

@@ -202,7 +202,8 @@ def _check_config(config) -> None:
     reasons = {
         "use_dora": "DoRA rescales every row of the weight, so the update is no longer s·U·Vᵀ",
         "lora_bias": "a bias on lora_B is trained outside the subspace constraint",
-        "target_parameters": "LoRA on bare parameters (fused experts) has no linear layer to take a gradient of",
+        "target_parameters": "LoRA on bare parameters, such as fused experts, has no linear layer to take a gradient "
+        "of (`target_modules='all-linear'` adds them for some models: name the layers of the attention instead)",
         "layer_replication": "replicated layers share one weight between several adapters",
         "trainable_token_indices": "trained token embeddings are not protected from later tasks",
     }
