@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import Task, TaskSequence
 from .fsdp import unsupported_launcher
-from .layers import AdaptedLayer
+from .layers import AdaptedLayer, is_quantized
 from .optimizers import check_optimizer
 
 
@@ -66,6 +66,13 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
             "The model has no LoRA adapter. Add one line to the trainer's arguments:\n"
             "    peft_config=LoraConfig(r=16, target_modules='all-linear'),"
         )
+    for name, module in model.named_modules():
+        saved = name.rpartition(".")[2] in (peft_config.modules_to_save or ())
+        if saved and any(is_quantized(part) for part in module.modules()):
+            raise ValueError(
+                f"LoraConfig(modules_to_save=…) names {name}, whose weights are quantized and cannot be trained. Load "
+                f"the model with BitsAndBytesConfig(llm_int8_skip_modules=[{name!r}]), which also works for 4 bits."
+            )
     return get_peft_model(model, peft_config)
 
 

@@ -7,8 +7,11 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from .callback import TaskSequenceCallback
 from .composition import load_adapter
 from .factors import load_state
+from .files import write
+from .layers import AdaptedLayer
 from .methods import Method
 from .processes import check_same_everywhere
 from .sharding import whole
@@ -27,7 +30,9 @@ class ShardedMixin:
 
     method: Method
     adapter: str
+    layers: list[AdaptedLayer]
     constraint: StepHooks | None
+    task_callback: TaskSequenceCallback | None
     _state: dict[str, torch.Tensor] | None
 
     def check_sharding(self) -> None:
@@ -58,6 +63,8 @@ class ShardedMixin:
         for option, reason in reasons.items():
             if offloads if option == "cpu_offload" else getattr(plugin, option):
                 raise ValueError(f"FSDP2 with {option} is not supported: {reason}.")
+        if any(type(layer.weight).__name__ == "Int8Params" for layer in self.layers):
+            raise ValueError("FSDP2 with an 8-bit base is not supported: weights lose their scales. Use 4 bits.")
         if self.args.torch_compile:
             raise ValueError("torch_compile together with FSDP2 is not supported: drop one of the two.")
         if self.eblora_config.method not in _METHODS:
@@ -78,8 +85,20 @@ class ShardedMixin:
             }
         )
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        dtypes = {parameter.dtype for parameter in trained}
+        if len(dtypes) > 1 and self.accelerator.mixed_precision == "no":
+            raise ValueError(
+                f"FSDP2 needs all trained parameters in one dtype, but the adapter and its `modules_to_save` are of "
+                f"{' and '.join(sorted(map(str, dtypes)))}. Train with bf16=True, which keeps them in float32."
+            )
         stand_in = torch.optim.SGD(trained, lr=1.0)  # accelerate takes a model only together with an optimizer
-        self.model, _ = self.accelerator.prepare(self.model, stand_in)
+        try:
+            self.model, _ = self.accelerator.prepare(self.model, stand_in)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"accelerate cannot shard a {type(self.model.get_base_model()).__name__} like this: {error} Name its "
+                "blocks in fsdp_config['transformer_layer_cls_to_wrap'], or use DistributedDataParallel."
+            ) from error
         self.unwrap()
 
     def unwrap(self) -> None:
@@ -121,9 +140,15 @@ class ShardedMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        published = self.task_callback and self.task_callback.sequence
+        if not self.is_in_train and published and published.tasks:  # the sum of all tasks
+            for file, data in published.state_after(len(published.tasks)).items() if self.args.should_save else ():
+                write(folder / file, data)
+            return
         names = {id(value): name for name, value in self.model.state_dict(keep_vars=True).items()}
         adapter = {names[id(value)]: whole(value.detach()).cpu() for value in self._adapter_parameters()}
-        self._save(output_dir or self.args.output_dir, state_dict=adapter)
+        self._save(str(folder), state_dict=adapter)
 
     def _adapter_parameters(self) -> list[nn.Parameter]:
         """Of the trained adapter, its `modules_to_save` included."""

@@ -216,11 +216,12 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
     def _become_sum_of_tasks(self) -> None:
         """
         Leaves one adapter on the model, the sum of all tasks, so that whatever is saved next is all that was learnt.
+        A sharded model keeps two, the last task's and the earlier ones': FSDP2 would not know of a new adapter.
         """
         published = self.task_callback.sequence
         self.unwrap()
         self.earlier_tasks.restore()
-        if len(published.tasks) > 1:
+        if len(published.tasks) > 1 and not self.is_fsdp_enabled:
             replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
             self.layers = find_layers(self.model, self.adapter)
         self.optimizer, self.lr_scheduler = None, None

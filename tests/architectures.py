@@ -25,6 +25,7 @@ class Architecture:
         lora (`dict`): Options of the `LoraConfig` beside the rank.
         trainer (`str`): `"Trainer"`, `"Seq2SeqTrainer"` or `"SFTTrainer"`.
         extra (`dict`): What the collator adds to every batch.
+        blocks (`list[str]`, *optional*): The classes that FSDP2 shards, where accelerate cannot tell them.
     """
 
     config: Callable[[], Any]
@@ -33,6 +34,7 @@ class Architecture:
     lora: dict[str, Any] = field(default_factory=dict)
     trainer: str = "Trainer"
     extra: dict[str, Any] = field(default_factory=dict)
+    blocks: list[str] | None = None
 
     def make(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -47,6 +49,11 @@ class Architecture:
 
     def collate(self, rows: list[dict]) -> dict[str, Any]:
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]} | self.extra
+
+    def heads(self) -> list[str]:
+        """Full names of the `modules_to_save`."""
+        names = self.lora.get("modules_to_save", ())
+        return [name for name, _ in self.make().named_modules() if name.rpartition(".")[2] in names]
 
     def peft_config(self) -> LoraConfig:
         return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | self.lora))
@@ -107,6 +114,7 @@ ARCHITECTURES = {
         transformers.BertForSequenceClassification,
         classified,
         HEAD,
+        blocks=["BertLayer"],
     ),
     "ModernBERT": Architecture(
         lambda: transformers.ModernBertConfig(
@@ -122,6 +130,7 @@ ARCHITECTURES = {
         transformers.ModernBertForSequenceClassification,
         classified,
         HEAD,
+        blocks=["ModernBertEncoderLayer"],
     ),
     "Llama": Architecture(
         lambda: transformers.LlamaConfig(vocab_size=VOCABULARY, **TEXT), transformers.LlamaForCausalLM, generated
@@ -171,6 +180,7 @@ ARCHITECTURES = {
         transformers.ViTForImageClassification,
         pictured,
         HEAD,
+        blocks=["ViTLayer"],
     ),
     "CLIP": Architecture(
         lambda: transformers.CLIPConfig(
@@ -200,5 +210,6 @@ ARCHITECTURES = {
             "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
             "modules_to_save": ["multi_modal_projector"],
         },
+        blocks=["LlamaDecoderLayer"],
     ),
 }

@@ -9,14 +9,18 @@ class FSDP2OnCPU:
     Goes before a trainer class: makes accelerate shard the model by `fully_shard` over gloo.
 
     On CPUs accelerate ignores that FSDP was asked for. Told here that it was, it takes the path of a GPU run from
-    `Accelerator.prepare` on, and the Trainer with it.
+    `Accelerator.prepare` on, and the Trainer with it. `blocks` names the classes to shard, where it cannot tell them.
     """
+
+    blocks: list[str] | None = None
+    version = 2
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         self.accelerator.state.distributed_type = DistributedType.FSDP
         self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
+            fsdp_version=self.version,
+            transformer_cls_names_to_wrap=self.blocks,
             auto_wrap_policy="transformer_based_wrap",
             state_dict_type="FULL_STATE_DICT",
             cpu_ram_efficient_loading=False,
