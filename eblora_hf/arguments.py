@@ -14,7 +14,7 @@ from torch import nn
 from .config import Task, TaskSequence
 from .fsdp import unsupported_launcher
 from .layers import AdaptedLayer, is_quantized
-from .optimizers import check_optimizer
+from .optimizers import check_optimizer, plain_optimizer
 
 
 def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
@@ -27,13 +27,25 @@ def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
             "bf16_full_eval and fp16_full_eval are not supported: they cast the model's weights in place, and the "
             "adapter and all later tasks would keep the rounding. Use bf16=True for evaluation under autocast."
         )
-    if args is None:
-        return
     if constrained:
-        optim = str(getattr(args.optim, "value", args.optim))
-        check_optimizer(f"optim={optim!r}", optim)
-    if args.deepspeed:
+        _check_optimizers(arguments)
+    if args is not None and args.deepspeed:
         raise ValueError(unsupported_launcher("DeepSpeed"))
+
+
+def _check_optimizers(arguments: dict[str, Any]) -> None:
+    """Raises a `ValueError` for an optimizer that no constraint can follow, wherever it was asked for."""
+    given, _ = arguments.get("optimizers") or (None, None)
+    chosen, _ = arguments.get("optimizer_cls_and_kwargs") or (None, None)
+    if given is not None:
+        plain_optimizer(given)
+    elif chosen is not None:
+        name = getattr(chosen, "__name__", type(chosen).__name__)
+        check_optimizer(f"The optimizer {name}", name)
+    elif arguments.get("args") is not None:
+        optim = arguments["args"].optim
+        name = str(getattr(optim, "value", optim))
+        check_optimizer(f"optim={name!r}", name)
 
 
 def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:

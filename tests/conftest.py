@@ -1,5 +1,6 @@
 """Tiny models from config and tiny data: nothing is downloaded."""
 
+import json
 import os
 import signal
 import socket
@@ -137,3 +138,32 @@ def run_in_child(function, kill_after: float | None = None) -> int:
             traceback.print_exc()
             os._exit(1)
     return os.waitpid(child, 0)[1]
+
+
+# ---- docs/support.md ----
+
+_support_cells: list[tuple[str, str, str, str]] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-support", action="store_true", help="write docs/support.md from the tests that passed")
+
+
+def pytest_configure(config):
+    from . import support
+
+    if config.getoption("--write-support") and not hasattr(config, "workerinput"):
+        support.PATH.unlink(missing_ok=True)  # nothing to compare with
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _support_cells.extend(tuple(json.loads(value)) for name, value in report.user_properties if name == "support")
+
+
+def pytest_sessionfinish(session):
+    from . import support
+
+    if session.config.getoption("--write-support") and not hasattr(session.config, "workerinput"):
+        support.PATH.parent.mkdir(exist_ok=True)
+        support.PATH.write_text(support.render(_support_cells))
