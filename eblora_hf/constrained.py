@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
 
 from .accumulators import Storage
 from .composition import EARLIER_TASKS, activate, adapter_state
@@ -87,10 +87,18 @@ class ConstrainedMixin(ShardedMixin):
         """
         if of is None:
             return {}
+        take = find_executable_batch_size(  # as the parent's training does
+            lambda batch_size: self._snapshot(dataset, seed, of, batch_size),
+            starting_batch_size=self._train_batch_size,
+            auto_find_batch_size=self.args.auto_find_batch_size,
+        )
+        return take()
+
+    def _snapshot(self, dataset: Any, seed: int, of: Snapshot, batch_size: int) -> Snapshots:
         config = self.eblora_config
         even = config.snapshot_sampling == "even"
         indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
-        shares = share_batches(indices, self._train_batch_size, self.args.process_index, self.args.world_size)
+        shares = share_batches(indices, batch_size, self.args.process_index, self.args.world_size)
         loader = self._snapshot_loader(dataset, [samples for samples, _ in shares])
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext

@@ -1,5 +1,6 @@
 """The contract that every supported combination of model, trainer, precision and launcher keeps."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,17 +93,29 @@ def outputs(architecture: Architecture, model: torch.nn.Module) -> torch.Tensor:
     return result.logits_per_image if "logits_per_image" in result else result.logits
 
 
-def keep_contract(name: str, precision: str, folder: Path, before: tuple[type, ...] = (), **arguments) -> Any:
+def keep_contract(
+    name: str,
+    precision: str,
+    folder: Path,
+    before: tuple[type, ...] = (),
+    options: Callable[[dict], dict] = lambda defaults: {},
+    **arguments,
+) -> Any:
     """
     Two tasks are learnt on the manifold and outside the bases, and stock PEFT loads what they were published as.
+
+    Args:
+        name (`str`), precision (`str`): What is trained.
+        folder (`Path`): Where.
+        before (`tuple[type]`): Classes before that of the trainer.
+        options (`Callable`): Further arguments of the trainer, from those it has.
+        arguments: Of `TrainingArguments`.
     """
     architecture = ARCHITECTURES[name]
-    trainer = trainer_class(architecture, before)(
-        model=load(architecture, precision, folder / "base"),
-        peft_config=architecture.peft_config(),
-        **trainer_options(architecture, folder, bf16=precision == "bf16 autocast", **arguments),
-    )
-    assert trainer.train().global_step == 2 * STEPS
+    defaults = trainer_options(architecture, folder, bf16=precision == "bf16 autocast", **arguments)
+    defaults |= {"model": load(architecture, precision, folder / "base"), "peft_config": architecture.peft_config()}
+    trainer = trainer_class(architecture, before)(**defaults | options(defaults))
+    assert trainer.train().global_step == 2 * defaults["args"].max_steps
     orthonormality, restriction = trainer.constraint.deviation()
     assert orthonormality <= 2e-6
     assert restriction <= 2e-7

@@ -19,6 +19,7 @@ TABLES = {
     "DeepSpeed": "DeepSpeed, any stage",
     "optimizers": "Optimizers",
     "features": "Features of the trainers",
+    "packing": "Packing (SFTTrainer)",
 }
 ROWS = {name: f"{name}: {architecture.trainer}" for name, architecture in ARCHITECTURES.items()}
 _HEAD = f"""# What works
@@ -66,12 +67,13 @@ def read() -> dict[tuple[str, str, str], str]:
 def position(cell: tuple[str, str, str, str]) -> tuple:
     """Where a cell belongs in the document."""
     table, row, column, _ = cell
-    rows, columns = list(ROWS.values()), [*PRECISIONS, FP16]
+    rows = list(ROWS.values())
+    columns = [*PRECISIONS, FP16, "Trainer", "Seq2SeqTrainer", "SFTTrainer"]
     return (
         list(TABLES.values()).index(table),
         rows.index(row) if row in rows else len(rows),
-        columns.index(column) if column in columns else len(columns),
         row,
+        columns.index(column) if column in columns else len(columns),
     )
 
 

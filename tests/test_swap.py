@@ -43,40 +43,69 @@ LOAD_WITHOUT_US = """
     except ImportError:
         pass
     import numpy as np, torch
+    from torch.nn.functional import pad
     from peft import PeftModel
     source, stop = open({script!r}).read(), "lora_config ="
     sys.argv = ["script", {folder!r}]
     exec(source[: source.index(stop)].replace("set_seed(0)", "from transformers import set_seed; set_seed(0)"))
     model = PeftModel.from_pretrained(model, {folder!r} + "/out").eval()
-    rows = data["validation"] if "validation" in data else data.select(range(6))
-    rows = [{{key: row[key] for key in ("input_ids", "attention_mask")}} for row in rows]
     with torch.no_grad():
-        logits = model(**tokenizer.pad(rows, return_tensors="pt")).logits.numpy()
+        {outputs}
     expected = np.load({folder!r} + "/logits.npy")
     mask = expected != -100
-    print("difference", np.abs(logits - expected)[mask].max())
-    assert np.abs(logits - expected)[mask].max() < 1e-5
+    print("difference", np.abs(outputs.numpy() - expected)[mask].max())
+    assert np.abs(outputs.numpy() - expected)[mask].max() < 1e-5
 """
 
 
-@pytest.mark.parametrize("name", ["text_classification", "causal_lm"])
+PADDED = """rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
+        inputs = tokenizer.pad(rows, return_tensors="pt")
+"""
+# by script: the trainer it imports, what it prints, and how stock PEFT gives what it predicts
+SWAPS = {
+    "text_classification": (
+        "Trainer",
+        "eval_accuracy",
+        f'rows = data["validation"]; {PADDED}        outputs = model(**inputs).logits',
+    ),
+    "causal_lm": (
+        "Trainer",
+        "perplexity",
+        f"rows = data.select(range(6)); {PADDED}        outputs = model(**inputs).logits",
+    ),
+    "image_classification": (
+        "Trainer",
+        "eval_accuracy",
+        'outputs = model(**collate([row for row in data["test"]])).logits',
+    ),
+    "summarization": (
+        "Seq2SeqTrainer",
+        "eval_rouge1",
+        f"rows = data.select(range(6)); {PADDED}        outputs = pad(model.generate(**inputs, max_length=6), (0, 14))",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWAPS)
 def test_one_line_swap(tmp_path, name):
+    trainer, printed, outputs = SWAPS[name]
     write_csv(tmp_path)
     source = (SCRIPTS / f"{name}.py").read_text()
     plain = tmp_path / "plain.py"
     plain.write_text(source)
     run(plain, str(tmp_path))  # the script itself is sound
     swapped = tmp_path / "swapped.py"
-    text = source.replace("    Trainer,\n", "").replace(
-        "folder = Path", "from eblora_hf import ContinualEBLoRATrainer as Trainer\n\nfolder = Path", 1
+    ours = trainer.replace("Seq2Seq", "ContinualEBLoRASeq2Seq") if "Seq2Seq" in trainer else "ContinualEBLoRATrainer"
+    text = source.replace(f"    {trainer},\n", "").replace(
+        "folder = Path", f"from eblora_hf import {ours} as {trainer}\n\nfolder = Path", 1
     )
     text = text.replace("    model=model,\n", "    model=model,\n    peft_config=lora_config,\n")
     swapped.write_text(text.replace('"out"', '"swapped"'))
-    output = run(swapped, str(tmp_path)).stdout
-    assert ("eval_accuracy" if name == "text_classification" else "perplexity") in output
+    assert printed in run(swapped, str(tmp_path)).stdout
     (tmp_path / "out").rename(tmp_path / "plain_out")
     (tmp_path / "swapped").rename(tmp_path / "out")
     assert (tmp_path / "out" / "eblora_sequence.json").is_file()
     load = tmp_path / "load.py"
-    load.write_text(textwrap.dedent(LOAD_WITHOUT_US).format(script=str(plain), folder=str(tmp_path)))
+    code = textwrap.dedent(LOAD_WITHOUT_US.replace("{outputs}", textwrap.dedent(outputs)))
+    load.write_text(code.replace("{script!r}", repr(str(plain))).replace("{folder!r}", repr(str(tmp_path))))
     assert "difference" in run(load).stdout
