@@ -81,7 +81,8 @@ SWAPS = {
     "summarization": (
         "Seq2SeqTrainer",
         "eval_rouge1",
-        f"rows = data.select(range(6)); {PADDED}        outputs = pad(model.generate(**inputs, max_length=6), (0, 14))",
+        f"rows = data.select(range(6)); {PADDED}        "
+        "outputs = pad(model.generate(**inputs, max_length=6), (0, 14))",  # as Seq2SeqTrainer pads
     ),
 }
 

@@ -47,7 +47,14 @@ data = data.map(tokenize, batched=True, remove_columns=data.column_names)
 
 set_seed(0)
 config = T5Config(
-    vocab_size=len(words), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+    vocab_size=len(words),
+    d_model=32,
+    d_kv=16,
+    d_ff=64,
+    num_layers=2,
+    num_heads=2,
+    eos_token_id=2,
+    decoder_start_token_id=0,
 )
 model = T5ForConditionalGeneration(config)
 
