@@ -112,7 +112,7 @@ def keep_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-            module.weight.cpu()  # in place, if it was packed
+            module.state_dict()  # unpacks the weight in place, if it was packed
 
 
 def find_layers(model: PeftModel, adapter: str) -> list[AdaptedLayer]:

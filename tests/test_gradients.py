@@ -1,12 +1,14 @@
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from peft import get_peft_model
 
-from eblora_hf.gradients import mean_gradients, snapshot_indices
+from eblora_hf.gradients import mean_gradients, observed_gradients, share_batches, snapshot_indices
 from eblora_hf.layers import find_layers
+from eblora_hf.moments import feature_moments, token_gradient_moments
 
 from .conftest import lora, make_model, make_text_data
 
@@ -94,6 +96,49 @@ def test_indices():
         snapshot_indices(0, 0.2)
     with pytest.raises(ValueError, match=r"\(0, 1\], got 20"):
         snapshot_indices(10, 20)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 4, 5, 12, 13])
+def test_shares_of_all_processes_hold_every_sample_once(count, processes):
+    indices = list(range(100, 100 + count))
+    shares = [share_batches(indices, 4, rank, processes) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1  # as many batches for each
+    counted = [sample for share in shares for batch, weight in share if weight for sample in batch]
+    assert sorted(counted) == indices
+    assert all(weight in (0, len(batch)) and 0 < len(batch) <= 4 for share in shares for batch, weight in share)
+    if processes == 1:
+        assert [batch for batch, _ in shares[0]] == [indices[i : i + 4] for i in range(0, count, 4)]
+
+
+def test_batches_of_weight_zero_count_for_nothing():
+    model = get_peft_model(make_model("bert"), lora()).eval()
+    layers, data = find_layers(model, "default"), make_text_data("bert", size=8)
+    for collect in (mean_gradients, token_gradient_moments, feature_moments):
+        alone = collect(model, layers, [(data[:4], 4)], loss)
+        beside = collect(model, layers, [(data[:4], 4), (data[4:], 0)], loss)
+        for name, matrix in alone.items():
+            torch.testing.assert_close(beside[name], matrix)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_inputs_are_kept_as_autograd_keeps_them(checkpointing):
+    """Under activation checkpointing they are computed again."""
+    model = get_peft_model(make_model("llama"), lora())
+    layers, data = find_layers(model, "default"), make_text_data("llama", size=4)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    inputs = {}
+    for layer in layers:
+        hook = lambda module, arguments, name=layer.name: inputs.update({name: weakref.ref(arguments[0])})  # noqa: E731
+        layer.module.get_base_layer().register_forward_pre_hook(hook)
+    with observed_gradients(model, layers, lambda *seen: None):
+        result = loss(model, data[:4])
+        alive = [name for name, reference in inputs.items() if reference() is not None]
+        assert len(inputs) == len(layers)
+        assert len(alive) == (0 if checkpointing else len(layers))
+        result.backward()
 
 
 MEASURE = """

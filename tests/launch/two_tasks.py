@@ -2,8 +2,8 @@
 Run by test_processes.py, under torchrun or alone: two tasks on every process, which then writes what it holds.
 
 The argument is JSON: `folder`, `per_device`, `method`, and if wanted `shard` (FSDP2), `steps` of a task, `dtype`,
-`interrupt` at a step of the second task, `resume`, `unseeded` models, `drift` of one process, or `stock`: plain LoRA
-by the stock Trainer, on the first task.
+`rows` of data, `interrupt` at a step of the second task, `resume`, `best` to load the best checkpoint, `unseeded`
+models, `drift` of one process, or `stock`: plain LoRA by the stock Trainer, on the first task.
 """
 
 import json
@@ -55,16 +55,20 @@ class Interrupt(TrainerCallback):
 
 def make_trainer():
     backend = {"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"}
     args = make_arguments(
         folder / "out",
         per_device_train_batch_size=options["per_device"],
         max_steps=options.get("steps", 10),
         lr_scheduler_type="cosine",
         **backend,
+        **(best if options.get("best") else {}),
     )
     seed = int(os.environ.get("RANK", 0)) if options.get("unseeded") else 0
     model = make_model("llama", seed, dtype=getattr(torch, options.get("dtype", "float32")))
-    data = {name: make_text_data("llama", seed=i, size=32) for i, name in enumerate(("one", "two"))}
+    data = {
+        name: make_text_data("llama", seed=i, size=options.get("rows", 32)) for i, name in enumerate(("one", "two"))
+    }
     if options.get("stock"):
         return Trainer(model=get_peft_model(model, lora()), args=args, train_dataset=data["one"], callbacks=[Hold()])
     config = EBLoRAConfig(method=options["method"], snapshot_fraction=1.0, direction_lr=0.05, scale_lr=0.01)
@@ -73,6 +77,7 @@ def make_trainer():
         args=args,
         peft_config=lora(),
         train_dataset=data,
+        eval_dataset=data if options.get("best") else None,
         eblora_config=config,
         callbacks=[Hold(), *([Interrupt()] if "interrupt" in options else [])],
     )
