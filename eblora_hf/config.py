@@ -18,9 +18,9 @@ class EBLoRAConfig:
         method (`str`, defaults to `"eblora"`): `"eblora"`, `"ebo"` (no gradient subspace), `"lora"` (sequential
             LoRA), `"olora"`, `"keeplora"`, `"inflora"` or `"osf"`; see `eblora_hf.methods`.
         direction_lr (`float` or `"auto"`, defaults to `"auto"`): Step of U and V per optimizer step, without
-            dimension: under an optimizer whose updates are normalised element-wise the increment is `direction_lr`/√d
-            times the update divided by its learning rate, so `learning_rate` has no influence on it while its schedule
-            has. `"auto"` is 25 / steps of the task, at most 0.5.
+            dimension: under an optimizer whose updates are normalised (the Adam family, Lion, Muon…) the increment is
+            `direction_lr`/√d times the update in units of its usual entry, so `learning_rate` has no influence on it
+            while its schedule has. `"auto"` is 25 / steps of the task, at most 0.5.
         scale_lr (`float` or `"auto"`, defaults to `"auto"`): Learning rate of s, on the main schedule. `"auto"` is
             1.2 / steps of the task, at most 0.05.
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.

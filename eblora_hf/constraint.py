@@ -37,9 +37,10 @@ class StiefelConstraint(StepHooks):
         bases (`dict[str, torch.Tensor]`, *optional*): Per layer name an orthonormal basis `(d_in, p)` that V must
             avoid.
         step_scaling (`str`, defaults to `"dimensionless"`): How an increment Δ of the optimizer becomes a step of U or
-            V of height d. `"dimensionless"`: `direction_lr`/√d · Δ/lr, with lr the optimizer's learning rate before
-            its schedule, if the optimizer normalises element-wise, else Δ. `"rank"`: √(`step_constant`/r) Δ (the
-            released code). `"rows"`: √(`step_constant`/d) Δ (StelLA). `"none"`: Δ.
+            V of height d. `"dimensionless"`: `direction_lr`/√d · Δ/(lr·e), with lr the optimizer's learning rate
+            before its schedule and e the size of its entries ([`entry_size`], 1 for Adam), if that is known, else Δ.
+            `"rank"`: √(`step_constant`/r) Δ (the released code). `"rows"`: √(`step_constant`/d) Δ (StelLA). `"none"`:
+            Δ.
         step_constant (`float`, defaults to 4096): c of the released scalings.
         tangent (`str`, defaults to `"canonical"`): `"canonical"` for the released map, `"orthogonal"` for the
             projection.

@@ -146,13 +146,12 @@ class ShardedMixin:
             for file, data in published.state_after(len(published.tasks)).items() if self.args.should_save else ():
                 write(folder / file, data)
             return
-        names = {id(value): name for name, value in self.model.state_dict(keep_vars=True).items()}
-        adapter = {names[id(value)]: whole(value.detach()).cpu() for value in self._adapter_parameters()}
+        adapter = {
+            name: whole(parameter.detach()).cpu()
+            for name, parameter in self.model.named_parameters()
+            if f".{self.adapter}." in name  # its `modules_to_save` included
+        }
         self._save(str(folder), state_dict=adapter)
-
-    def _adapter_parameters(self) -> list[nn.Parameter]:
-        """Of the trained adapter, its `modules_to_save` included."""
-        return [p for name, p in self.model.named_parameters() if f".{self.adapter}." in name]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.is_fsdp_enabled:

@@ -53,7 +53,10 @@ def broadcast_model(model: nn.Module) -> None:
     """Gives all processes the first one's parameters and buffers, as DistributedDataParallel does when it wraps."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in (*model.parameters(), *model.buffers()):
-            torch.distributed.broadcast(tensor.data, src=0)
+            moved = tensor.data.contiguous()
+            torch.distributed.broadcast(moved, src=0)
+            if moved is not tensor.data:
+                tensor.data.copy_(moved)
 
 
 def check_same_everywhere(tensors: dict[str, torch.Tensor]) -> None:

@@ -8,7 +8,10 @@ from .architectures import ARCHITECTURES
 from .contract import PRECISIONS
 
 PATH = Path(__file__).parents[1] / "docs" / "support.md"
-COMMAND = "bash scripts/test.sh -m 'slow or not slow' --write-support"
+COMMAND = (
+    "bash scripts/test.sh tests/test_support.py tests/test_optimizers.py tests/test_features.py "
+    "-m 'slow or not slow' --write-support"
+)
 WORKS, UNTESTED = "works", "untested here"
 FP16 = "fp16 with scaler"
 TABLES = {
@@ -24,11 +27,17 @@ TABLES = {
 ROWS = {name: f"{name}: {architecture.trainer}" for name, architecture in ARCHITECTURES.items()}
 _HEAD = f"""# What works
 
-Written by the tests that ran: `{COMMAND}`. Every cell is *works* (two tasks learnt, the constraints kept, published
-and loaded by stock PEFT with the same outputs), *refused* with the message a user gets, or *untested here*: it needs a
-GPU, and these tests ran on a CPU. The models are tiny ones from config. DistributedDataParallel and FSDP2 ran in two
-processes over gloo under `torchrun`; `accelerate launch` sets the same environment. FSDP2 took the path of a GPU run
-from `Accelerator.prepare` on, which accelerate itself does not take on a CPU.
+Written by the tests that ran:
+
+```bash
+{COMMAND}
+```
+
+Every cell is *works* (two tasks learnt, the constraints kept, published and loaded by stock PEFT with the same
+outputs), *refused* with the message a user gets, or *untested here*: it needs a GPU, and these tests ran on a CPU. The
+models are tiny ones from config. DistributedDataParallel and FSDP2 ran in two processes over gloo under `torchrun`;
+`accelerate launch` sets the same environment. FSDP2 took the path of a GPU run from `Accelerator.prepare` on, which
+accelerate itself does not take on a CPU.
 """
 
 
