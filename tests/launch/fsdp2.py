@@ -17,12 +17,15 @@ class FSDP2OnCPU:
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        self.accelerator.state.distributed_type = DistributedType.FSDP
-        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=self.version,
             transformer_cls_names_to_wrap=self.blocks,
             auto_wrap_policy="transformer_based_wrap",
             state_dict_type="FULL_STATE_DICT",
             cpu_ram_efficient_loading=False,
         )
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
         self.is_fsdp_enabled = True
