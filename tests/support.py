@@ -34,9 +34,9 @@ Written by the tests that ran:
 
 Every cell is *works* (two tasks learnt, the constraints kept, published and loaded by stock PEFT with the same
 outputs) or *refused* with the message a user gets. All of it ran on a CPU; on a GPU **everything is untested here**.
-The models are tiny ones from config. DistributedDataParallel and FSDP2 ran in two processes over gloo under `torchrun`;
-`accelerate launch` sets the same environment. On a CPU accelerate itself takes neither FSDP2 nor the fp16 scaler: the
-tests tell it to, and it takes the path of a GPU run from there on.
+The models are tiny ones from config. DistributedDataParallel and FSDP2 ran in two processes over gloo, started by
+`torchrun`; `accelerate launch` sets the same environment. On a CPU accelerate itself takes neither FSDP2 nor the fp16
+scaler: the tests tell it to, and it takes the path of a GPU run from there on.
 """
 
 
