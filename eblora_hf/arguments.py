@@ -8,13 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from .config import Task, TaskSequence
 from .fsdp import unsupported_launcher
 from .layers import AdaptedLayer, is_quantized
 from .optimizers import check_optimizer, plain_optimizer
+
+# what PEFT adds to `modules_to_save`
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
@@ -40,8 +48,9 @@ def _check_optimizers(arguments: dict[str, Any]) -> None:
     if given is not None:
         plain_optimizer(given)
     elif chosen is not None:
-        name = getattr(chosen, "__name__", type(chosen).__name__)
-        check_optimizer(f"The optimizer {name}", name)
+        is_class = isinstance(chosen, type) and issubclass(chosen, torch.optim.Optimizer)
+        if is_class:  # the name of a factory says nothing
+            check_optimizer(f"The optimizer {chosen.__name__}", chosen.__name__)
     elif arguments.get("args") is not None:
         optim = arguments["args"].optim
         name = str(getattr(optim, "value", optim))
@@ -78,12 +87,14 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
             "The model has no LoRA adapter. Add one line to the trainer's arguments:\n"
             "    peft_config=LoraConfig(r=16, target_modules='all-linear'),"
         )
+    heads = {*(peft_config.modules_to_save or ()), *_HEADS.get(peft_config.task_type, ())}
     for name, module in model.named_modules():
-        saved = name.rpartition(".")[2] in (peft_config.modules_to_save or ())
+        saved = name.rpartition(".")[2] in heads
         if saved and any(is_quantized(part) for part in module.modules()):
             raise ValueError(
-                f"LoraConfig(modules_to_save=…) names {name}, whose weights are quantized and cannot be trained. Load "
-                f"the model with BitsAndBytesConfig(llm_int8_skip_modules=[{name!r}]), which also works for 4 bits."
+                f"{name} is to be trained whole (by the `modules_to_save` or the `task_type` of the LoraConfig), but "
+                "its weights are quantized. Load the model with "
+                f"BitsAndBytesConfig(llm_int8_skip_modules=[{name!r}]), which also works for 4 bits."
             )
     return get_peft_model(model, peft_config)
 

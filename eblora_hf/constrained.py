@@ -101,7 +101,8 @@ class ConstrainedMixin(ShardedMixin):
         shares = share_batches(indices, batch_size, self.args.process_index, self.args.world_size)
         loader = self._snapshot_loader(dataset, [samples for samples, _ in shares])
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
-        precision = self.accelerator.autocast if self.args.bf16 else contextlib.nullcontext
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        precision = self.accelerator.autocast if bf16 else contextlib.nullcontext
         storage = Storage(config.snapshot_offload, config.snapshot_sketch)
         pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
 

@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
 
 from .callback import TaskSequenceCallback
 from .composition import load_adapter
@@ -107,8 +108,7 @@ class ShardedMixin:
         would go on reducing the gradients of the adapter before.
         """
         if self.is_fsdp_enabled:
-            for module in self._fsdp_modules():
-                module.reshard()  # an evaluation leaves whole parameters behind, which would be written to in vain
+            self._reshard()
         else:
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)  # or accelerate would not wrap it again
@@ -118,12 +118,24 @@ class ShardedMixin:
         if self._fsdp_modules():
             self.accelerator._models.append(self.model)  # or an evaluation would prepare it without an optimizer
 
+    def _reshard(self) -> None:
+        """
+        Gives all modules their shards again. An evaluation leaves whole parameters behind, in the dtype of the forward
+        pass, which would be written to in vain and saved with its rounding.
+        """
+        for module in self._fsdp_modules():
+            module.reshard()
+
     def _fsdp_modules(self) -> list[nn.Module]:
         if not self.is_fsdp_enabled:
             return []
         from torch.distributed.fsdp import FSDPModule
 
         return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        self.shard()  # accelerate would want an optimizer for a model that has not been trained yet
+        return super().evaluation_loop(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -146,12 +158,14 @@ class ShardedMixin:
             for file, data in published.state_after(len(published.tasks)).items() if self.args.should_save else ():
                 write(folder / file, data)
             return
+        self._reshard()
         adapter = {
             name: whole(parameter.detach()).cpu()
             for name, parameter in self.model.named_parameters()
             if f".{self.adapter}." in name  # its `modules_to_save` included
         }
-        self._save(str(folder), state_dict=adapter)
+        if self.args.should_save:
+            self._save(str(folder), state_dict=adapter)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.is_fsdp_enabled:

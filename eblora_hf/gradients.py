@@ -138,7 +138,7 @@ class _Observe(torch.autograd.Function):
     def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, see: Callable) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.see = see
-        return output.view_as(output)
+        return output.clone()  # models may change it in place, which no view out of here allows
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -194,7 +194,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     gradients = [parameter.grad for parameter in parameters]
     keep_flags = trains_shards(model)  # FSDP2 decides in the first forward pass which parameters are trained
     try:
-        model.requires_grad_(False) if not keep_flags else None
+        if not keep_flags:
+            model.requires_grad_(False)
         yield
     finally:
         for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):

@@ -225,7 +225,9 @@ def _check_config(config) -> None:
 
 def _check_module(name: str, module: LoraLayer, adapter: str) -> None:
     base = module.get_base_layer()
-    plain = isinstance(module, LoraLinear) and isinstance(base, (nn.Linear, Conv1D))
+    # FSDP2 derives a class from that of each module it shards; PEFT derives one for the weights of torchao
+    plain = isinstance(module, LoraLinear) and not type(module).__module__.endswith("torchao")
+    plain = plain and isinstance(base, (nn.Linear, Conv1D))
     if not plain and not is_quantized(base):
         raise ValueError(
             f"{name}: LoRA on {type(base).__name__} ({type(module).__name__}) is not supported: only nn.Linear, "

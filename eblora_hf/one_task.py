@@ -206,10 +206,12 @@ class OneTaskMixin(PublishingMixin, ConstrainedMixin):
                     row[name] = values[0]
         finally:
             self.callback_handler.callbacks.extend(stopping)
-        if sets and not row and self.compute_metrics is not None:
+        named = self.args.metric_for_best_model not in (None, "loss", "eval_loss")
+        if sets and not row and (self.compute_metrics is not None or named):
             logger.warning(
-                f"The accuracy matrix stays empty: `compute_metrics` returns {', '.join(sorted(seen))}, and none of "
-                "them is called 'accuracy'. Name the one to use with `metric_for_best_model`."
+                f"The accuracy matrix stays empty: evaluation returns {', '.join(sorted(seen))}, and none of them is "
+                f"called {' or '.join(map(repr, wanted))}. Return it from `compute_metrics`, or name another one with "
+                "`metric_for_best_model`."
             )
         return row
 

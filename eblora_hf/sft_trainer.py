@@ -35,6 +35,15 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
 
     def _prepare_tasks(self) -> None:
         first, *others = self.tasks
+        if self.args.completion_only_loss is None:  # SFTTrainer has decided it by the first
+            columns = {task.name: getattr(task.train_dataset, "column_names", ()) for task in self.tasks}
+            completions = {name: "completion" in names for name, names in columns.items()}
+            if len(set(completions.values())) > 1:
+                raise ValueError(
+                    f"The tasks {', '.join(name for name, has in completions.items() if has)} have prompts and "
+                    "completions and the others have not, so that their losses are of other tokens. Say which with "
+                    "SFTConfig(completion_only_loss=…), or bring all tasks into one format."
+                )
         prepared = [dataclasses.replace(first, train_dataset=self.train_dataset)]
         for task in others:
             dataset = self._prepare_dataset(

@@ -102,7 +102,7 @@ class ContinualMixin(OneTaskMixin):
             raise
         self.source = sequence
         # autocast and TF32 would round away most of a small update on top of weights that were once in bf16
-        exact = not (self.args.bf16 or self.args.fp16) and multiplies_exactly() and not self.is_fsdp_enabled
+        exact = self.accelerator.mixed_precision == "no" and multiplies_exactly() and not self.is_fsdp_enabled
         merge = exact and self.method.merges_earlier_tasks and self.eblora_config.snapshot_at != "pretrained"
         self.earlier_tasks = EarlierTasks(merge, self.eblora_config.earlier_tasks_error)
         self._given_optimizer = self.optimizer

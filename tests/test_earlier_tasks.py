@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from eblora_hf import EBLoRAConfig, PublishedSequence, stiefel
@@ -186,3 +187,14 @@ def test_tasks_can_be_put_again_and_taken_off(tmp_path):
         after = weights_of(trainer.model)
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert EARLIER_TASKS not in trainer.model.peft_config
+
+
+def test_mixed_precision_of_the_launcher_counts(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision bf16` says it in the environment, not in the arguments."""
+    assert make_trainer(tmp_path).earlier_tasks.merge
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    try:
+        assert not make_trainer(tmp_path).earlier_tasks.merge
+    finally:
+        AcceleratorState._reset_state()

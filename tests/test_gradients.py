@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from eblora_hf.gradients import mean_gradients, observed_gradients, share_batches, snapshot_indices
 from eblora_hf.layers import find_layers
@@ -96,6 +96,32 @@ def test_indices():
         snapshot_indices(0, 0.2)
     with pytest.raises(ValueError, match=r"\(0, 1\], got 20"):
         snapshot_indices(10, 20)
+
+
+def test_outputs_may_be_changed_in_place():
+    """As Falcon does to those of its last layer in a block."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 5), torch.nn.Linear(5, 6)
+
+        def forward(self, x):
+            y = self.first(x)
+            y += 1.0
+            y = self.second(y.relu_())
+            y *= x
+            return y
+
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(4, 6)
+    block(x).square().sum().backward()
+    expected = {name: block.get_submodule(name).weight.grad.clone() for name in ("first", "second")}
+    model = get_peft_model(block, LoraConfig(r=2, target_modules=["first", "second"]))
+    layers = find_layers(model, "default")
+    means = mean_gradients(model, layers, [({"x": x}, 1)], lambda model, batch: model(**batch).square().sum())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(means[name], gradient)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

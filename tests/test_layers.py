@@ -130,3 +130,12 @@ def test_unknown_adapter_and_merged_adapter():
 def test_gaussian_init_is_fine():
     config = LoraConfig(r=4, target_modules=["query"], init_lora_weights="gaussian")
     assert len(find_layers(get_peft_model(make_model("bert"), config), "default")) == 3
+
+
+def test_layers_derived_for_other_weights_are_refused():
+    """PEFT derives its class for torchao from the one for plain weights."""
+    model = get_peft_model(make_model("bert"), lora())
+    module = find_layers(model, "default")[0].module
+    module.__class__ = type("TorchaoLoraLinear", (type(module),), {"__module__": "peft.tuners.lora.torchao"})
+    with pytest.raises(ValueError, match=r"TorchaoLoraLinear\) is not supported"):
+        find_layers(model, "default")

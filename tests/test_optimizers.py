@@ -86,6 +86,16 @@ class MuonFactory:
         return torch.optim.Muon([p for p in model.parameters() if p.requires_grad and p.ndim == 2], **kwargs)
 
 
+def test_the_name_of_a_factory_says_nothing(tmp_path):
+    """Not even that a lambda is LAMB."""
+
+    class Factory:
+        def __call__(self, model, **kwargs):
+            return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **kwargs)
+
+    train(tmp_path, optimizer_cls_and_kwargs=(lambda: Factory(), {"lr": 1e-3}))
+
+
 def test_a_factory(tmp_path, record_property):
     result = outcome(lambda: train(tmp_path, optimizer_cls_and_kwargs=(MuonFactory, {"lr": 1e-2})))
     assert result == WORKS

@@ -136,6 +136,16 @@ def test_what_the_first_process_saves_loads_in_stock_peft(tmp_path, kind):
     assert not torch.allclose(outputs[0], make_model("llama").eval()(**inputs).logits, atol=1e-5)
 
 
+def test_sharded_heads_are_saved_whole_by_one_process(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "tests" / "launch" / "heads.py")
+    result = subprocess.run(
+        [*command, script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 def test_every_sample_of_a_snapshot_counts_once(run):
     """Five batches for two processes; both tasks' bases come from all of them."""
     (one,) = run(processes=1, per_device=4, rows=20, steps=1, dtype="float64", method="inflora")
