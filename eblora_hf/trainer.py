@@ -59,7 +59,7 @@ class ContinualMixin(OneTaskMixin):
 
     Raises:
         ValueError: if the model has no LoRA adapter and no `peft_config` was given, if an argument does not fit, or if
-            the set-up (DeepSpeed, FSDP…) is not supported; the message says what to do.
+            the set-up (DeepSpeed, FSDP1…) is not supported; the message says what to do.
     """
 
     def __init__(
