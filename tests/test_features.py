@@ -51,7 +51,9 @@ def with_decoder_inputs(defaults: dict) -> dict:
     return {"data_collator": collate}
 
 
-@pytest.mark.parametrize("trainer", MODELS)
+@pytest.mark.parametrize(
+    "trainer", ["Trainer", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "Trainer")]
+)
 @pytest.mark.parametrize("feature", ARGUMENTS)
 def test_arguments(tmp_path, record_property, feature, trainer):
     def fitting(defaults):

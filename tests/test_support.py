@@ -16,13 +16,17 @@ from .support import PATH, ROWS, TABLES, WORKS, outcome, read, report
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ["python", "torchrun", "FSDP2", "FSDP1", "DeepSpeed"]
 CELLS = [(model, precision) for model in ARCHITECTURES for precision in PRECISIONS]
+# a cross of them always, and the rest with `-m slow`
+SOME_FAST = [
+    pytest.param(*cell, marks=[] if "Llama" in cell or "float32" in cell else pytest.mark.slow) for cell in CELLS
+]
 
 
 class FSDP1OnCPU(FSDP2OnCPU):
     version = 1
 
 
-@pytest.mark.parametrize(("model", "precision"), CELLS)
+@pytest.mark.parametrize(("model", "precision"), SOME_FAST)
 def test_one_process(tmp_path, record_property, model, precision):
     result = outcome(lambda: keep_contract(model, precision, tmp_path))
     report(record_property, TABLES["python"], ROWS[model], precision, result)
@@ -68,7 +72,7 @@ def construct(launcher: str, model: str, precision: str, folder: Path, **argumen
 
 
 @pytest.mark.parametrize("launcher", ["FSDP1", "DeepSpeed"])
-@pytest.mark.parametrize(("model", "precision"), CELLS)
+@pytest.mark.parametrize(("model", "precision"), SOME_FAST)
 def test_refused_at_construction(tmp_path, record_property, launcher, model, precision):
     result = outcome(lambda: construct(launcher, model, precision, tmp_path, **AUTOCAST.get(precision, {})))
     assert result != WORKS
