@@ -34,7 +34,6 @@ class ShardedMixin:
     layers: list[AdaptedLayer]
     constraint: StepHooks | None
     task_callback: TaskSequenceCallback | None
-    _state: dict[str, torch.Tensor] | None
 
     def check_sharding(self) -> None:
         """

@@ -122,11 +122,8 @@ class LittleMemory:
 def test_auto_find_batch_size(tmp_path, record_property, trainer):
     """Training, which starts again from the factors of the task, and snapshots."""
 
-    class Little(LittleMemory):
-        pass
-
     keep = lambda: keep_contract(  # noqa: E731
-        MODELS[trainer], "float32", tmp_path, (Little,), auto_find_batch_size=True, max_steps=3
+        MODELS[trainer], "float32", tmp_path, (LittleMemory,), auto_find_batch_size=True, max_steps=3
     )
     assert run(record_property, trainer, "auto_find_batch_size", keep) == WORKS
 
