@@ -16,10 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import nn
 from transformers.utils import logging
 
-from .factors import Factors
+from .factors import Factors, decompose_product
 from .layers import AdaptedLayer, find_layers
 from .sharding import is_sharded, scatter, whole
-from .subspace import decompose_product
 
 logger = logging.get_logger(__name__)
 

@@ -210,24 +210,6 @@ def principal_weight_directions(weight: torch.Tensor, threshold: float, *, name:
     return directions[:, : max(int((energies.cumsum(0) / total < threshold).sum()), 1)].contiguous()
 
 
-def decompose_product(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The singular value decomposition of B A from the factors alone, in float64.
-
-    With B = Q_B R_B and Aᵀ = Q_A R_A it is that of the r x r matrix R_B R_Aᵀ = P Σ Qᵀ: U = Q_B P and Vᵀ = Qᵀ Q_Aᵀ.
-
-    Args:
-        b (`torch.Tensor` of shape `(d_out, r)`), a (`torch.Tensor` of shape `(r, d_in)`): The factors.
-
-    Returns:
-        `tuple` of U `(d_out, k)`, σ `(k,)` in descending order and Vᵀ `(k, d_in)`, with k = min(r, d_out, d_in).
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, sigma, vt @ q_a.T
-
-
 def column_cap(d_in: int, rank: int, columns: int, max_fraction: float = 1.0) -> int:
     """
     How many columns a basis of `columns` may still gain: up to `max_fraction`·d_in, always leaving `rank` directions

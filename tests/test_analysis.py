@@ -35,8 +35,8 @@ from eblora_hf.benchmark import digits
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
 from eblora_hf.composition import factors_of, load_adapter
+from eblora_hf.factors import decompose_product
 from eblora_hf.layers import find_layers
-from eblora_hf.subspace import decompose_product
 
 from .conftest import HUB_PORT, lora, make_arguments, make_model, make_text_data, orthonormal
 from .hub_server import TOKEN, HubServer

@@ -3,7 +3,7 @@
 import torch
 
 from ..composition import AdapterState, factors_of
-from ..subspace import decompose_product
+from ..factors import decompose_product
 from .adapters import factor_key, in_full
 
 EQUAL = ("sum", "frobenius")

@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..composition import AdapterState, factors_of
-from ..subspace import decompose_product
+from ..factors import decompose_product
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from ..composition import current_weight
-from ..factors import STATE_FILE
+from ..factors import STATE_FILE, decompose_product
 from ..layers import AdaptedLayer
 from ..step_hooks import StepHooks
 from ..stiefel import full_precision, restrict
-from ..subspace import decompose_product
 from .base import Method, Tensors
 
 
