@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .adapters.composition import merge_into_base
     from .analysis.interference import interference_report
     from .analysis.smoothing import smooth_adapter
     from .callback import TaskSequenceCallback
-    from .composition import merge_into_base
     from .config import EBLoRAConfig, Task, TaskSequence
     from .hub import SequenceConflictError, load_sequence, push_sequence
     from .metrics import ContinualMetrics, continual_metrics
@@ -34,7 +34,7 @@ _MODULE_OF = {
     "continual_metrics": "metrics",
     "interference_report": "analysis.interference",
     "load_sequence": "hub",
-    "merge_into_base": "composition",
+    "merge_into_base": "adapters.composition",
     "push_sequence": "hub",
     "smooth_adapter": "analysis.smoothing",
 }

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .composition import AdapterState
+from .adapters.composition import AdapterState
 from .config import EBLoRAConfig, Task
 from .metrics import accuracy_matrix
 from .sequence import PublishedSequence

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from .composition import heads_of
+from .adapters.composition import heads_of
 from .index import TRAINING
 from .metrics import FORMULAS, accuracy_matrix, continual_metrics
 from .sequence import PublishedSequence

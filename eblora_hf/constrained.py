@@ -15,18 +15,18 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
 
 from .accumulators import Storage
-from .composition import EARLIER_TASKS, activate, adapter_state
+from .adapters.composition import EARLIER_TASKS, activate, adapter_state
+from .adapters.factors import load_state, save_state
+from .adapters.layers import AdaptedLayer
+from .adapters.sharding import whole
 from .config import EBLoRAConfig
-from .factors import load_state, save_state
 from .files import json_bytes, write
 from .fsdp import ShardedMixin
 from .gradients import mean_gradients, share_batches, snapshot_indices
-from .layers import AdaptedLayer
 from .methods import Method
 from .methods.base import Snapshot, Snapshots
 from .moments import feature_moments, token_gradient_moments
 from .optimizers import plain_optimizer
-from .sharding import whole
 from .step_hooks import StepHooks
 
 METHOD_FILE = "eblora_method.json"  # beside each checkpoint

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from . import stiefel, stiefel_inplace
+from .adapters.factors import Factors, check_state
+from .adapters.layers import AdaptedLayer
+from .adapters.sharding import is_sharded
 from .factor_stack import FactorStack, of_similar_width
-from .factors import Factors, check_state
-from .layers import AdaptedLayer
 from .optimizers import ParameterGroups, entry_size
 from .sharded_stack import ShardedStack
-from .sharding import is_sharded
 from .step_hooks import StepHooks
 
 _LARGEST_GRAM = 1e4  # of X + δ where nobody looks: a step δ a hundred times as large as a factor is divergence

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import stiefel
-from .sharding import gather
+from .adapters.sharding import gather
 
 _CACHE = 2**21  # bytes of one tensor of a run on a CPU: what a step touches of it then stays close to the core
 _PADDED = 1.25  # how much wider than its own a basis may be padded

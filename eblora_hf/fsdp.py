@@ -8,14 +8,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from .adapters.composition import load_adapter
+from .adapters.factors import load_state
+from .adapters.layers import AdaptedLayer
+from .adapters.sharding import whole
 from .callback import TaskSequenceCallback
-from .composition import load_adapter
-from .factors import load_state
 from .files import write
-from .layers import AdaptedLayer
 from .methods import Method
 from .processes import check_same_everywhere
-from .sharding import whole
 from .step_hooks import StepHooks
 
 _METHODS = ("eblora", "ebo", "lora")  # the others write into adapters, or look at whole weights

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .accumulators import Storage
-from .layers import AdaptedLayer
-from .sharding import trains_shards
+from .adapters.layers import AdaptedLayer
+from .adapters.sharding import trains_shards
 from .sketch import Sketch
 
 _ON_DEVICE = Storage()

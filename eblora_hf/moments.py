@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .accumulators import Storage
+from .adapters.layers import AdaptedLayer
 from .gradients import all_reduce, observed_gradients
-from .layers import AdaptedLayer
 from .sketch import Sketch
 
 Batches = Iterable[tuple[dict, int]]

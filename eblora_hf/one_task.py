@@ -16,8 +16,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .callback import TaskSequenceCallback, training_record
-from .composition import (
+from .adapters.composition import (
     concatenate,
     folded_adapter,
     heads_of,
@@ -25,16 +24,17 @@ from .composition import (
     set_ranks,
     with_heads,
 )
+from .adapters.earlier_tasks import EarlierTasks
+from .adapters.layers import find_layers
+from .adapters.sharding import scatter
+from .callback import TaskSequenceCallback, training_record
 from .config import Task, TaskSequence
 from .constrained import ConstrainedMixin
-from .earlier_tasks import EarlierTasks
-from .layers import find_layers
 from .methods import build_method
 from .methods.base import Snapshot
 from .processes import check_same_everywhere, spread_over_processes
 from .publisher import PublishingMixin
 from .sequence import PublishedSequence
-from .sharding import scatter
 
 logger = logging.get_logger(__name__)
 

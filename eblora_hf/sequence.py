@@ -26,7 +26,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from .composition import AdapterState, concatenate, factors_of, folded_config
+from .adapters.composition import AdapterState, concatenate, factors_of, folded_config
 from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
 from .identity import describe_base_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord

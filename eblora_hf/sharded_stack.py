@@ -2,8 +2,8 @@
 
 import torch
 
+from .adapters.sharding import gather, scatter
 from .factor_stack import FactorStack
-from .sharding import gather, scatter
 
 
 class ShardedStack(FactorStack):

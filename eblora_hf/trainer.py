@@ -14,14 +14,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from .adapters.earlier_tasks import EarlierTasks
+from .adapters.layers import find_layers, keep_differentiable
 from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
-from .earlier_tasks import EarlierTasks
 from .hub import check_beginning, fetch_sequence
 from .identity import describe_base_model
-from .layers import find_layers, keep_differentiable
 from .methods import build_method
 from .metrics import continual_metrics
 from .one_task import OneTaskMixin

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from eblora_hf import ContinualEBLoRASeq2SeqTrainer, ContinualEBLoRATrainer, PublishedSequence
-from eblora_hf.layers import keep_differentiable
+from eblora_hf.adapters.layers import keep_differentiable
 
 from .architectures import ARCHITECTURES, VOCABULARY, Architecture
 from .conftest import make_arguments

@@ -26,6 +26,9 @@ from eblora_hf import (
     push_sequence,
     smooth_adapter,
 )
+from eblora_hf.adapters.composition import factors_of, load_adapter
+from eblora_hf.adapters.factors import decompose_product
+from eblora_hf.adapters.layers import find_layers
 from eblora_hf.analysis import merging_experiment
 from eblora_hf.analysis.adapters import read_adapter
 from eblora_hf.analysis.interference import interference
@@ -34,9 +37,6 @@ from eblora_hf.analysis.spectra import singular_values, summarise
 from eblora_hf.benchmark import digits
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
-from eblora_hf.composition import factors_of, load_adapter
-from eblora_hf.factors import decompose_product
-from eblora_hf.layers import find_layers
 
 from .conftest import HUB_PORT, lora, make_arguments, make_model, make_text_data, orthonormal
 from .hub_server import TOKEN, HubServer

@@ -5,8 +5,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from eblora_hf.analysis.spectra import mean_sigma_ratio, singular_values
-from eblora_hf.composition import (
+from eblora_hf.adapters.composition import (
     EARLIER_TASKS,
     concatenate,
     folded_adapter,
@@ -15,7 +14,8 @@ from eblora_hf.composition import (
     put_earlier_tasks,
     replace_adapter,
 )
-from eblora_hf.layers import find_layers
+from eblora_hf.adapters.layers import find_layers
+from eblora_hf.analysis.spectra import mean_sigma_ratio, singular_values
 
 from .conftest import lora, make_model, make_text_data, orthonormal
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers.optimization import Adafactor
 
 from eblora_hf import factor_stack, stiefel
+from eblora_hf.adapters.factors import Factors, factors_from_state, load_state, save_state
+from eblora_hf.adapters.layers import find_layers
 from eblora_hf.constraint import StiefelConstraint
-from eblora_hf.factors import Factors, factors_from_state, load_state, save_state
-from eblora_hf.layers import find_layers
 
 from .conftest import lora, make_model, make_text_data, orthonormal
 

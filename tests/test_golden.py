@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from eblora_hf import metrics, stiefel, subspace
+from eblora_hf.adapters.factors import Factors
 from eblora_hf.constraint import StiefelConstraint
-from eblora_hf.factors import Factors
 from eblora_hf.gradients import mean_gradients, snapshot_indices
 from eblora_hf.methods.eblora import initial_scale
 
@@ -217,7 +217,7 @@ def test_layer(case):
     """
     from peft import LoraConfig, get_peft_model
 
-    from eblora_hf.layers import find_layers
+    from eblora_hf.adapters.layers import find_layers
 
     data, hyper = inputs(case), case["hyper"]
     dtype = getattr(torch, case["dtype"])

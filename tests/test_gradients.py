@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from eblora_hf.adapters.layers import find_layers
 from eblora_hf.gradients import mean_gradients, observed_gradients, share_batches, snapshot_indices
-from eblora_hf.layers import find_layers
 from eblora_hf.moments import feature_moments, token_gradient_moments
 
 from .conftest import lora, make_model, make_text_data
@@ -172,7 +172,7 @@ import resource, torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from eblora_hf.gradients import mean_gradients
-from eblora_hf.layers import find_layers
+from eblora_hf.adapters.layers import find_layers
 
 torch.set_num_threads(1)
 model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)])  # 256 MiB of weights

@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, files, hub, load_sequence
+from eblora_hf.adapters.composition import concatenate
 from eblora_hf.card import loading_code, render_card
-from eblora_hf.composition import concatenate
 
 from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
 from .hub_server import TOKEN, HubServer

@@ -4,7 +4,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from eblora_hf.layers import find_layers
+from eblora_hf.adapters.layers import find_layers
 
 from .conftest import lora, make_model
 

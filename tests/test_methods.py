@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, load_sequence
+from eblora_hf.adapters.composition import EARLIER_TASKS, current_weight
+from eblora_hf.adapters.layers import find_layers
 from eblora_hf.benchmark.digits import Digits
 from eblora_hf.benchmark.transformations import TRANSFORMATIONS
-from eblora_hf.composition import EARLIER_TASKS, current_weight
-from eblora_hf.layers import find_layers
 from eblora_hf.methods import Method, build_method
 from eblora_hf.methods.olora import OrthogonalityPenalty
 from eblora_hf.moments import feature_moments, token_gradient_moments

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..composition import AdapterState, factors_of, folded_config
+from ..adapters.composition import AdapterState, factors_of, folded_config
 from ..files import tensor_bytes, write
 from ..index import ADAPTER, ADAPTER_CONFIG
 

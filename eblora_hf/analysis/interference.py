@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..composition import concatenate, heads_of, with_heads
+from ..adapters.composition import concatenate, heads_of, with_heads
 from ..hub import fetch_sequence
 from ..sequence import PublishedSequence
 from ..subspace import check_gradient

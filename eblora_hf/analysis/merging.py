@@ -2,7 +2,7 @@
 
 import math
 
-from ..composition import AdapterState, concatenate, factors_of
+from ..adapters.composition import AdapterState, concatenate, factors_of
 from .adapters import Adapter, factor_key
 from .smoothing import smooth_adapter
 

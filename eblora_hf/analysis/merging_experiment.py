@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..adapters.composition import AdapterState, factors_of
 from ..benchmark.digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
 from ..benchmark.protocol import TUNING, train, training_arguments
 from ..benchmark.transformations import PROTOCOL_TASKS, transformation
-from ..composition import AdapterState, factors_of
 from ..config import EBLoRAConfig
 from .merging import merge_adapters
 

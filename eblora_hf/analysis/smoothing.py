@@ -2,8 +2,8 @@
 
 import torch
 
-from ..composition import AdapterState, factors_of
-from ..factors import decompose_product
+from ..adapters.composition import AdapterState, factors_of
+from ..adapters.factors import decompose_product
 from .adapters import factor_key, in_full
 
 EQUAL = ("sum", "frobenius")

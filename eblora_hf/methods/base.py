@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..layers import AdaptedLayer
 from ..sketch import Sketch, extend_basis_from_sketch, principal_directions_from_sketch
 from ..step_hooks import StepHooks
 from ..subspace import BasisExtension, column_cap, extend_basis, outside, principal_directions

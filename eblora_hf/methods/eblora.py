@@ -2,10 +2,10 @@
 
 import torch
 
+from ..adapters.factors import Factors, factors_from_state
+from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
 from ..constraint import StiefelConstraint
-from ..factors import Factors, factors_from_state
-from ..layers import AdaptedLayer
 from ..subspace import BasisExtension
 from .base import Method, Snapshots, Tensors
 

@@ -1,7 +1,7 @@
 """EBO: EBLoRA's energy-balanced, orthonormal updates without the gradient subspace of earlier tasks (its ablation)."""
 
+from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..layers import AdaptedLayer
 from ..subspace import BasisExtension
 from .base import Tensors
 from .eblora import EBLoRA

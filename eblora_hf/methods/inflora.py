@@ -2,8 +2,8 @@
 
 import torch
 
+from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..layers import AdaptedLayer
 from .keeplora import KeepLoRA
 
 

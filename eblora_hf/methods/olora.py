@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from ..composition import EARLIER_TASKS
-from ..layers import AdaptedLayer
+from ..adapters.composition import EARLIER_TASKS
+from ..adapters.layers import AdaptedLayer
 from ..step_hooks import StepHooks
 from .base import Tensors
 from .lora import SequentialLoRA

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..composition import current_weight
-from ..factors import STATE_FILE, decompose_product
-from ..layers import AdaptedLayer
+from ..adapters.composition import current_weight
+from ..adapters.factors import STATE_FILE, decompose_product
+from ..adapters.layers import AdaptedLayer
 from ..step_hooks import StepHooks
 from ..stiefel import full_precision, restrict
 from .base import Method, Tensors

@@ -4,9 +4,9 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from eblora_hf.adapters.factors import Factors
+from eblora_hf.adapters.layers import find_layers
 from eblora_hf.constraint import StiefelConstraint
-from eblora_hf.factors import Factors
-from eblora_hf.layers import find_layers
 
 from .timing import orthonormal
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from eblora_hf.adapters.factors import Factors
 from eblora_hf.constraint import StiefelConstraint
-from eblora_hf.factors import Factors
 
 from .released import ReleasedAdamW
 from .timing import interleaved, orthonormal, shapes_of

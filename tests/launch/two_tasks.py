@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig
-from eblora_hf.sharding import whole
+from eblora_hf.adapters.sharding import whole
 from tests.conftest import lora, make_arguments, make_model, make_text_data
 from tests.launch.fsdp2 import FSDP2OnCPU
 
