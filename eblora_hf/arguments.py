@@ -15,7 +15,7 @@ from torch import nn
 from .adapters.layers import AdaptedLayer, is_quantized
 from .config import Task, TaskSequence
 from .fsdp import unsupported_launcher
-from .optimizers import check_optimizer, plain_optimizer
+from .manifold.optimizers import check_optimizer, plain_optimizer
 
 # what PEFT adds to `modules_to_save`
 _HEADS = {

@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from .adapters.composition import AdapterState
 from .config import EBLoRAConfig, Task
+from .manifold.step_hooks import StepHooks
+from .memory.basis import BasisExtension, join_basis
 from .metrics import accuracy_matrix
 from .sequence import PublishedSequence
-from .step_hooks import StepHooks
-from .subspace import BasisExtension, join_basis
 from .version import __version__
 
 logger = logging.get_logger(__name__)

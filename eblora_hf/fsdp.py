@@ -14,9 +14,9 @@ from .adapters.layers import AdaptedLayer
 from .adapters.sharding import whole
 from .callback import TaskSequenceCallback
 from .files import write
+from .manifold.step_hooks import StepHooks
 from .methods import Method
 from .processes import check_same_everywhere
-from .step_hooks import StepHooks
 
 _METHODS = ("eblora", "ebo", "lora")  # the others write into adapters, or look at whole weights
 

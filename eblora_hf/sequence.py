@@ -30,7 +30,7 @@ from .adapters.composition import AdapterState, concatenate, factors_of, folded_
 from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
 from .identity import describe_base_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
-from .subspace import BasisExtension, join_basis
+from .memory.basis import BasisExtension, join_basis
 
 logger = logging.get_logger(__name__)
 

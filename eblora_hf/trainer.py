@@ -22,13 +22,13 @@ from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
 from .hub import check_beginning, fetch_sequence
 from .identity import describe_base_model
+from .manifold.maps import multiplies_exactly
 from .methods import build_method
 from .metrics import continual_metrics
 from .one_task import OneTaskMixin
 from .processes import broadcast_model
 from .publisher import Publisher
 from .sequence import PublishedSequence
-from .stiefel import multiplies_exactly
 
 logger = logging.get_logger(__name__)
 

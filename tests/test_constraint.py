@@ -9,10 +9,11 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers.optimization import Adafactor
 
-from eblora_hf import factor_stack, stiefel
 from eblora_hf.adapters.factors import Factors, factors_from_state, load_state, save_state
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.constraint import StiefelConstraint
+from eblora_hf.manifold import maps
+from eblora_hf.manifold import stack as factor_stack
+from eblora_hf.manifold.constraint import StiefelConstraint
 
 from .conftest import lora, make_model, make_text_data, orthonormal
 
@@ -319,7 +320,7 @@ def test_bases_of_different_widths_and_none():
         optimizer.step()
         optimizer.zero_grad()
     for layer in layers:
-        assert stiefel.check_factor(constraint.factors()[layer.name].V, bases.get(layer.name), atol=2e-6)
+        assert maps.check_factor(constraint.factors()[layer.name].V, bases.get(layer.name), atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -492,6 +493,6 @@ def test_bases_that_are_not_orthonormal_keep_to_the_maps_as_defined():
     backward(model, 0)
     g = layer.lora_A.grad.double().T
     optimizer.step()
-    delta = -20.0 * stiefel.canonical_tangent(x, g, f)
-    expected = stiefel.polar_retraction(x, stiefel.canonical_tangent(x, delta, f), f)
+    delta = -20.0 * maps.canonical_tangent(x, g, f)
+    expected = maps.polar_retraction(x, maps.canonical_tangent(x, delta, f), f)
     torch.testing.assert_close(again.factors()[layer.name].V.double(), expected, atol=1e-6, rtol=0)

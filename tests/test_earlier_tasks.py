@@ -7,11 +7,12 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
-from eblora_hf import EBLoRAConfig, PublishedSequence, stiefel
+from eblora_hf import EBLoRAConfig, PublishedSequence
 from eblora_hf import trainer as trainer_module
 from eblora_hf.adapters.composition import EARLIER_TASKS, compress, factors_of
 from eblora_hf.adapters.earlier_tasks import EarlierTasks
 from eblora_hf.adapters.layers import find_layers
+from eblora_hf.manifold import maps
 
 from .conftest import make_model, make_text_data, orthonormal
 from .test_trainer import make_trainer
@@ -83,14 +84,14 @@ def test_products_of_low_precision_find_them_apart_as_well(tmp_path, monkeypatch
 
 
 def test_whether_products_are_exact_is_read_from_torch():
-    assert stiefel.multiplies_exactly()
+    assert maps.multiplies_exactly()
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert not stiefel.multiplies_exactly()
+        assert not maps.multiplies_exactly()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert stiefel.multiplies_exactly()
+    assert maps.multiplies_exactly()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -11,10 +11,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from eblora_hf import metrics, stiefel, subspace
+from eblora_hf import metrics
 from eblora_hf.adapters.factors import Factors
-from eblora_hf.constraint import StiefelConstraint
-from eblora_hf.gradients import mean_gradients, snapshot_indices
+from eblora_hf.manifold import maps
+from eblora_hf.manifold.constraint import StiefelConstraint
+from eblora_hf.memory.basis import extend_basis, principal_directions, principal_weight_directions
+from eblora_hf.memory.gradients import mean_gradients, snapshot_indices
 from eblora_hf.methods.eblora import initial_scale
 
 GOLDEN = Path(os.environ.get("EBLORA_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
@@ -80,11 +82,11 @@ def test_stiefel(case):
     x, g, basis = data["X"], data["G"], data.get("F")
     function = case["function"]
     if function.startswith("polar_retraction"):
-        actual = stiefel.polar_retraction(x, g, basis)
+        actual = maps.polar_retraction(x, g, basis)
     elif function == "tangent_project":
-        actual = stiefel.orthogonal_tangent(x, g, basis)
+        actual = maps.orthogonal_tangent(x, g, basis)
     else:  # euclidean2riemannian_* and tangent_project_U/_Vt are one map in the released code
-        actual = stiefel.canonical_tangent(x, g, basis)
+        actual = maps.canonical_tangent(x, g, basis)
     compare(case, "Y", actual)
 
 
@@ -162,7 +164,7 @@ def test_gpm_sequence(case):
     data, hyper = inputs(case), case["hyper"]
     basis, ranks = None, []
     for task in range(1, hyper["n_tasks"] + 1):
-        extension = subspace.extend_basis(_chunk_mean(data, task), basis, threshold=hyper["threshold"])
+        extension = extend_basis(_chunk_mean(data, task), basis, threshold=hyper["threshold"])
         basis = extension.columns if basis is None else torch.cat([basis, extension.columns], dim=1)
         ranks.append(basis.shape[1])
         compare(case, f"M{task}", basis.T)
@@ -173,7 +175,7 @@ def test_gpm_sequence(case):
 def test_gpm_update(case):
     data = inputs(case)
     before = data["M_prev"].T if "M_prev" in data else torch.zeros(case["hyper"]["d_in"], 0, dtype=data["G"].dtype)
-    columns = subspace.extend_basis(
+    columns = extend_basis(
         data["G"], before if before.shape[1] else None, threshold=case["hyper"]["threshold"]
     ).columns
     basis = torch.cat([before, columns], dim=1)
@@ -185,7 +187,7 @@ def test_gpm_update(case):
 def test_init_fixed_rank(case):
     data = inputs(case)
     basis = data["M_prev"].T if "M_prev" in data else None
-    u, sigma, v = subspace.principal_directions(data["G"], case["hyper"]["rank"], basis)
+    u, sigma, v = principal_directions(data["G"], case["hyper"]["rank"], basis)
     compare(case, "A_rowspace", v.T)
     compare(case, "B_colspace", u)
     compare(case, "S", sigma)
@@ -195,7 +197,7 @@ def test_init_fixed_rank(case):
 
 @pytest.mark.parametrize("case", cases("weight_subspace"))
 def test_weight_subspace(case):
-    basis = subspace.principal_weight_directions(inputs(case)["W"], case["hyper"]["threshold"])
+    basis = principal_weight_directions(inputs(case)["W"], case["hyper"]["threshold"])
     compare(case, "M", basis.T)
     compare(case, "rank", basis.shape[1])
 
@@ -304,9 +306,9 @@ def test_keeplora_subspace(case):
     for key, matrix in inputs(case).items():
         update, layer = key.split(".", 1)
         if update == "t0":
-            bases[layer] = subspace.principal_weight_directions(matrix.T, hyper["threshold_first"])
+            bases[layer] = principal_weight_directions(matrix.T, hyper["threshold_first"])
         else:
-            added = subspace.extend_basis(matrix.T, bases[layer], threshold=hyper["threshold_later"]).columns
+            added = extend_basis(matrix.T, bases[layer], threshold=hyper["threshold_later"]).columns
             bases[layer] = torch.cat([bases[layer], added], dim=1)
         compare(case, f"M.{key}", bases[layer])
         ranks.append([key, bases[layer].shape[1]])
@@ -321,12 +323,12 @@ def test_keeplora_init(case):
     weights = dict(zip("qkv", data["W_qkv"].chunk(3), strict=True)) | {"o": data["W_o"]}
     corrected = {}
     for name, gradient in gradients.items():
-        u, sigma, v = subspace.principal_directions(gradient, hyper["r"], data.get(f"M_{name}"))
+        u, sigma, v = principal_directions(gradient, hyper["r"], data.get(f"M_{name}"))
         compare(case, f"A_{name}", v)
         compare(case, f"AB_{name}", v @ torch.diag(sigma) @ u.T)
         corrected[name] = weights[name] - hyper["scaling"] * (u * sigma) @ v.T
     compare(case, "W_qkv_corrected", torch.cat([corrected[name] for name in "qkv"]))
     compare(case, "W_o_corrected", corrected["o"])
     if "delta_q" in case["expected"]:
-        u, sigma, v = subspace.principal_directions(gradients["q"], hyper["r"], data.get("M_q"))
+        u, sigma, v = principal_directions(gradients["q"], hyper["r"], data.get("M_q"))
         compare(case, "delta_q", hyper["scaling"] * (u * sigma) @ v.T)

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.gradients import mean_gradients, observed_gradients, share_batches, snapshot_indices
-from eblora_hf.moments import feature_moments, token_gradient_moments
+from eblora_hf.memory.gradients import mean_gradients, observed_gradients, share_batches, snapshot_indices
+from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 
 from .conftest import lora, make_model, make_text_data
 
@@ -171,7 +171,7 @@ MEASURE = """
 import resource, torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from eblora_hf.gradients import mean_gradients
+from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.adapters.layers import find_layers
 
 torch.set_num_threads(1)

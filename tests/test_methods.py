@@ -13,10 +13,10 @@ from eblora_hf.adapters.composition import EARLIER_TASKS, current_weight
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.benchmark.digits import Digits
 from eblora_hf.benchmark.transformations import TRANSFORMATIONS
+from eblora_hf.memory.basis import extend_basis, principal_weight_directions
+from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 from eblora_hf.methods import Method, build_method
 from eblora_hf.methods.olora import OrthogonalityPenalty
-from eblora_hf.moments import feature_moments, token_gradient_moments
-from eblora_hf.subspace import extend_basis, principal_weight_directions
 
 from .conftest import lora, make_arguments, make_model, make_text_data, orthonormal
 from .test_trainer import InterruptAt, InterruptionError, assert_same_files, get_stock_deltas, load_published

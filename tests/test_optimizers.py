@@ -10,7 +10,7 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 
-from eblora_hf.optimizers import entry_size
+from eblora_hf.manifold.optimizers import entry_size
 
 from .conftest import make_text_data
 from .support import TABLES, WORKS, outcome, report

@@ -12,17 +12,11 @@ import eblora_hf
 
 ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
-    {"stiefel", "stiefel_inplace", "subspace", "spectrum", "sketch", "metrics", "files", "version"},
+    {"metrics", "files", "version"},
     {
+        "memory",
+        "manifold",
         "adapters",
-        "gradients",
-        "moments",
-        "accumulators",
-        "factor_stack",
-        "sharded_stack",
-        "optimizers",
-        "step_hooks",
-        "constraint",
         "processes",
         "identity",
     },

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from eblora_hf import PublishedSequence
 from eblora_hf.identity import describe_base_model
 from eblora_hf.index import TaskRecord
-from eblora_hf.subspace import BasisExtension
+from eblora_hf.memory.basis import BasisExtension
 
 from .conftest import lora, make_model, orthonormal
 

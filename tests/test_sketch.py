@@ -5,11 +5,11 @@ import torch
 from peft import PeftModel
 
 from eblora_hf import EBLoRAConfig, PublishedSequence
-from eblora_hf.accumulators import MatrixSketch, MatrixSum, MomentSketch, MomentSum, Storage
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.gradients import mean_gradients
-from eblora_hf.moments import token_gradient_moments
-from eblora_hf.sketch import extend_basis_from_sketch, principal_directions_from_sketch
+from eblora_hf.memory.accumulators import MatrixSketch, MatrixSum, MomentSketch, MomentSum, Storage
+from eblora_hf.memory.gradients import mean_gradients
+from eblora_hf.memory.moments import token_gradient_moments
+from eblora_hf.memory.sketch import extend_basis_from_sketch, principal_directions_from_sketch
 
 from .conftest import lora, make_model, make_text_data, orthonormal
 from .test_subspace import captured, gradient

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eblora_hf import stiefel
+from eblora_hf.manifold import maps
 
 from .conftest import orthonormal
 
@@ -29,8 +29,8 @@ def projector(d: int, basis: torch.Tensor | None) -> torch.Tensor:
 def test_tangent_maps(d, r, p, seed):
     x, z, basis = setting(d, r, p, seed)
     outside = projector(d, basis)
-    canonical = stiefel.canonical_tangent(x, z, basis)
-    orthogonal = stiefel.orthogonal_tangent(x, z, basis)
+    canonical = maps.canonical_tangent(x, z, basis)
+    orthogonal = maps.orthogonal_tangent(x, z, basis)
     for tangent in (canonical, orthogonal):
         # X + ε δ stays orthonormal to first order: Xᵀδ is skew; and it stays outside the basis
         torch.testing.assert_close(
@@ -38,7 +38,7 @@ def test_tangent_maps(d, r, p, seed):
         )
         torch.testing.assert_close(outside @ tangent, tangent, atol=1e-13, rtol=0)
     # idempotent, and the tangent vector nearest to Z: the remainder is orthogonal to every tangent vector
-    torch.testing.assert_close(stiefel.orthogonal_tangent(x, orthogonal, basis), orthogonal, atol=1e-13, rtol=0)
+    torch.testing.assert_close(maps.orthogonal_tangent(x, orthogonal, basis), orthogonal, atol=1e-13, rtol=0)
     assert abs(((outside @ z - orthogonal) * canonical).sum()) < 1e-12
     # the released map, written out: in-span rotation counted twice
     s = x.T @ outside @ z
@@ -49,24 +49,24 @@ def test_tangent_maps(d, r, p, seed):
 @pytest.mark.parametrize(("d", "r", "p"), SHAPES)
 def test_polar_retraction_is_the_polar_factor(d, r, p, seed):
     x, z, basis = setting(d, r, p, seed)
-    delta = stiefel.canonical_tangent(x, z, basis)
-    actual = stiefel.polar_retraction(x, delta, basis)
+    delta = maps.canonical_tangent(x, z, basis)
+    actual = maps.polar_retraction(x, delta, basis)
     left, _, right = torch.linalg.svd(projector(d, basis) @ (x + delta), full_matrices=False)
     torch.testing.assert_close(actual, left @ right, atol=1e-12, rtol=0)
-    assert max(stiefel.factor_deviation(actual, basis)) < 1e-13
+    assert max(maps.factor_deviation(actual, basis)) < 1e-13
 
 
 def test_retraction_is_second_order():
     x, z, basis = setting(40, 8, 10, 0)
-    delta = stiefel.orthogonal_tangent(x, z, basis)
-    errors = [(stiefel.polar_retraction(x, t * delta, basis) - x - t * delta).norm().item() for t in (1e-2, 1e-3)]
+    delta = maps.orthogonal_tangent(x, z, basis)
+    errors = [(maps.polar_retraction(x, t * delta, basis) - x - t * delta).norm().item() for t in (1e-2, 1e-3)]
     assert 50 < errors[0] / errors[1] < 200
 
 
 def test_batched_equals_one_by_one():
     settings = [setting(40, 8, 10, seed) for seed in SEEDS]
     x, z, basis = (torch.stack(tensors) for tensors in zip(*settings, strict=True))
-    for function in (stiefel.canonical_tangent, stiefel.orthogonal_tangent, stiefel.polar_retraction):
+    for function in (maps.canonical_tangent, maps.orthogonal_tangent, maps.polar_retraction):
         expected = torch.stack([function(*one) for one in settings])
         torch.testing.assert_close(function(x, z, basis), expected, atol=1e-13, rtol=0)
 
@@ -78,8 +78,8 @@ def test_float32_stays_at_the_rounding_floor(d, r, p):
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         z = 0.4 / d**0.5 * torch.randn(d, r, generator=generator)
-        x = stiefel.polar_retraction(x, stiefel.canonical_tangent(x, z, basis), basis)
-        orthonormality, restriction = stiefel.factor_deviation(x, basis)
+        x = maps.polar_retraction(x, maps.canonical_tangent(x, z, basis), basis)
+        orthonormality, restriction = maps.factor_deviation(x, basis)
         assert orthonormality <= 2e-6
         assert restriction <= 2e-7
 
@@ -91,8 +91,8 @@ def test_long_steps_land_on_the_manifold_too(length):
     basis, x = q[:, :8], q[:, 8:].contiguous()
     for seed in range(20):
         z = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
-        moved = stiefel.polar_retraction(x, stiefel.canonical_tangent(x, length / 32**0.5 * z, basis), basis)
-        orthonormality, restriction = stiefel.factor_deviation(moved, basis)
+        moved = maps.polar_retraction(x, maps.canonical_tangent(x, length / 32**0.5 * z, basis), basis)
+        orthonormality, restriction = maps.factor_deviation(moved, basis)
         assert orthonormality <= 1e-6
         assert restriction <= 2e-7
 
@@ -100,29 +100,29 @@ def test_long_steps_land_on_the_manifold_too(length):
 def test_polar_factor_passes_nan_on():
     y = torch.randn(3, 6, 2)
     y[1, 0, 0] = float("nan")
-    x = stiefel.polar_factor(y)
+    x = maps.polar_factor(y)
     assert x[1].isnan().all()
     assert not x[[0, 2]].isnan().any()
 
 
 def test_check_factor_says_what_is_wrong():
     x, _, basis = setting(40, 8, 10, 0)
-    assert stiefel.check_factor(x, basis) is True
-    assert stiefel.check_factor(x, basis, explain=True) == (True, None)
-    good, reason = stiefel.check_factor(1.1 * x, basis, explain=True)
+    assert maps.check_factor(x, basis) is True
+    assert maps.check_factor(x, basis, explain=True) == (True, None)
+    good, reason = maps.check_factor(1.1 * x, basis, explain=True)
     assert not good
     assert "not orthonormal" in reason
     assert "2.1" in reason  # 1.1² - 1 = 0.21
-    good, reason = stiefel.check_factor(basis[:, :8], basis, explain=True)
+    good, reason = maps.check_factor(basis[:, :8], basis, explain=True)
     assert not good
     assert "not orthogonal to the basis: max |FᵀX| = 1.0" in reason
-    assert stiefel.check_factor(torch.full((4, 2), float("nan"))) is False
+    assert maps.check_factor(torch.full((4, 2), float("nan"))) is False
 
 
 def test_check_feasible():
-    stiefel.check_feasible(10, 4, 6)
+    maps.check_feasible(10, 4, 6)
     with pytest.raises(ValueError, match=r"q_proj: no 5 orthonormal directions.*p \+ r = 11 > d = 10"):
-        stiefel.check_feasible(10, 5, 6, name="q_proj")
+        maps.check_feasible(10, 5, 6, name="q_proj")
 
 
 def test_full_precision_restores_the_setting():
@@ -132,7 +132,7 @@ def test_full_precision_restores_the_setting():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with stiefel.full_precision():
+        with maps.full_precision():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eblora_hf import stiefel, stiefel_inplace
+from eblora_hf.manifold import inplace, maps
 
 from .conftest import orthonormal
 
@@ -27,20 +27,20 @@ def stacks(d: int, r: int, p: int, seed: int, wide: bool):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_step_is_the_maps_as_they_are_defined(seed, d, r, p, tangent, wide):
     x, z, basis = stacks(d, r, p, seed, wide)
-    define = {"canonical": stiefel.canonical_tangent, "orthogonal": stiefel.orthogonal_tangent}[tangent]
+    define = {"canonical": maps.canonical_tangent, "orthogonal": maps.orthogonal_tangent}[tangent]
     projected = z.clone(memory_format=torch.preserve_format)
-    inner = stiefel_inplace.tangent_(projected, x, basis, tangent)
+    inner = inplace.tangent_(projected, x, basis, tangent)
     torch.testing.assert_close(projected, define(x, z, basis), atol=1e-13, rtol=0)
-    torch.testing.assert_close(inner, x.mT @ stiefel.restrict(z, basis), atol=1e-13, rtol=0)
-    expected = stiefel.polar_retraction(x, define(x, 0.3 * z, basis), basis)
+    torch.testing.assert_close(inner, x.mT @ maps.restrict(z, basis), atol=1e-13, rtol=0)
+    expected = maps.polar_retraction(x, define(x, 0.3 * z, basis), basis)
     y = z.clone(memory_format=torch.preserve_format)
-    gram = stiefel_inplace.move_(y, x, basis, tangent, 0.3)
+    gram = inplace.move_(y, x, basis, tangent, 0.3)
     torch.testing.assert_close(gram, y.mT @ y, atol=1e-12, rtol=0)
     moved = x.clone(memory_format=torch.preserve_format)
-    stiefel_inplace.retract_(moved, y, stiefel_inplace.inverse_root(gram))
+    inplace.retract_(moved, y, inplace.inverse_root(gram))
     torch.testing.assert_close(moved, expected, atol=1e-12, rtol=0)
     assert moved.stride() == x.stride()
-    assert max(stiefel.factor_deviation(moved, basis)) < 1e-13
+    assert max(maps.factor_deviation(moved, basis)) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -49,7 +49,7 @@ def test_a_step_is_the_maps_as_they_are_defined(seed, d, r, p, tangent, wide):
 def test_inverse_root_of_any_step(size, dtype, look):
     d = size * torch.randn(5, 40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 40**0.5
     gram = (torch.eye(8, dtype=torch.float64) + d.mT @ d).to(dtype)
-    root = stiefel_inplace.inverse_root(gram, None if look else 1e4 * 40)
+    root = inplace.inverse_root(gram, None if look else 1e4 * 40)
     assert root.dtype == torch.float64
     deviation = root @ gram.double() @ root - torch.eye(8, dtype=torch.float64)
     # the last step squares what rounding of the iteration has left, which grows with the size of the step
@@ -60,14 +60,14 @@ def test_inverse_root_of_any_step(size, dtype, look):
 def test_inverse_root_passes_nan_on_and_spares_the_others():
     gram = torch.eye(4).repeat(3, 1, 1)
     gram[1, 0, 0] = float("nan")
-    root = stiefel_inplace.inverse_root(gram)
+    root = inplace.inverse_root(gram)
     assert root[1].isnan().any()
     torch.testing.assert_close(root[[0, 2]], torch.eye(4, dtype=torch.float64).repeat(2, 1, 1))
 
 
 def test_without_looking_a_matrix_beyond_the_limit_becomes_nan():
     gram = torch.stack([2.0 * torch.eye(3), 2e4 * torch.eye(3)])
-    root = stiefel_inplace.inverse_root(gram, 1e4)
+    root = inplace.inverse_root(gram, 1e4)
     torch.testing.assert_close(root[0], 0.5**0.5 * torch.eye(3, dtype=torch.float64))
     assert root[1].isnan().all()
 
@@ -75,6 +75,6 @@ def test_without_looking_a_matrix_beyond_the_limit_becomes_nan():
 def test_without_looking_nothing_waits_for_the_device():
     """A tensor without data has nothing to look at: reading a number of it raises."""
     gram = torch.empty(7, 4, 4, device="meta")
-    assert stiefel_inplace.inverse_root(gram, 1e4).shape == (7, 4, 4)
+    assert inplace.inverse_root(gram, 1e4).shape == (7, 4, 4)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        stiefel_inplace.inverse_root(gram)
+        inplace.inverse_root(gram)

@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, Task, TaskSequence
 from eblora_hf.adapters.composition import heads_of, with_heads
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.gradients import mean_gradients
-from eblora_hf.moments import feature_moments, token_gradient_moments
+from eblora_hf.memory.gradients import mean_gradients
+from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 
 from .conftest import accuracy, lora, make_arguments, make_model, make_text_data
 

@@ -7,8 +7,8 @@ import torch
 
 from ..adapters.composition import concatenate, heads_of, with_heads
 from ..hub import fetch_sequence
+from ..memory.basis import check_gradient
 from ..sequence import PublishedSequence
-from ..subspace import check_gradient
 from ..trainer import ContinualMixin
 
 

@@ -6,9 +6,9 @@ import torch
 
 from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..sketch import Sketch, extend_basis_from_sketch, principal_directions_from_sketch
-from ..step_hooks import StepHooks
-from ..subspace import BasisExtension, column_cap, extend_basis, outside, principal_directions
+from ..manifold.step_hooks import StepHooks
+from ..memory.basis import BasisExtension, column_cap, extend_basis, outside, principal_directions
+from ..memory.sketch import Sketch, extend_basis_from_sketch, principal_directions_from_sketch
 
 Tensors = dict[str, torch.Tensor]
 Snapshots = dict[str, torch.Tensor | Sketch]

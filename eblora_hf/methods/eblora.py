@@ -5,8 +5,8 @@ import torch
 from ..adapters.factors import Factors, factors_from_state
 from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..constraint import StiefelConstraint
-from ..subspace import BasisExtension
+from ..manifold.constraint import StiefelConstraint
+from ..memory.basis import BasisExtension
 from .base import Method, Snapshots, Tensors
 
 # Measured on the embedded benchmark (60 steps): directions move by about 25 in sum over a task, s by about 1.2

@@ -2,7 +2,7 @@
 
 from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..subspace import BasisExtension
+from ..memory.basis import BasisExtension
 from .base import Tensors
 from .eblora import EBLoRA
 

@@ -4,8 +4,8 @@ import torch
 
 from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
-from ..stiefel import restrict
-from ..subspace import (
+from ..manifold.maps import restrict
+from ..memory.basis import (
     BasisExtension,
     column_cap,
     orthonormalize_against,

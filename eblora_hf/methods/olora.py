@@ -6,7 +6,7 @@ import torch
 
 from ..adapters.composition import EARLIER_TASKS
 from ..adapters.layers import AdaptedLayer
-from ..step_hooks import StepHooks
+from ..manifold.step_hooks import StepHooks
 from .base import Tensors
 from .lora import SequentialLoRA
 

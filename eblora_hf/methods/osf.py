@@ -8,8 +8,8 @@ import torch
 from ..adapters.composition import current_weight
 from ..adapters.factors import STATE_FILE, decompose_product
 from ..adapters.layers import AdaptedLayer
-from ..step_hooks import StepHooks
-from ..stiefel import full_precision, restrict
+from ..manifold.maps import full_precision, restrict
+from ..manifold.step_hooks import StepHooks
 from .base import Method, Tensors
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from eblora_hf.subspace import extend_basis
+from eblora_hf.memory.basis import extend_basis
 
 from .timing import interleaved
 

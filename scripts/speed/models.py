@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from eblora_hf.adapters.factors import Factors
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.constraint import StiefelConstraint
+from eblora_hf.manifold.constraint import StiefelConstraint
 
 from .timing import orthonormal
 

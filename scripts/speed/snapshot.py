@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from eblora_hf.accumulators import Storage
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.gradients import mean_gradients
-from eblora_hf.moments import token_gradient_moments
+from eblora_hf.memory.accumulators import Storage
+from eblora_hf.memory.gradients import mean_gradients
+from eblora_hf.memory.moments import token_gradient_moments
 
 from .models import batch_of, make_llama, with_lora
 from .timing import wait

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from eblora_hf.adapters.factors import Factors
-from eblora_hf.constraint import StiefelConstraint
+from eblora_hf.manifold.constraint import StiefelConstraint
 
 from .released import ReleasedAdamW
 from .timing import interleaved, orthonormal, shapes_of

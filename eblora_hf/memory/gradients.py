@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.layers import AdaptedLayer
+from ..adapters.sharding import trains_shards
 from .accumulators import Storage
-from .adapters.layers import AdaptedLayer
-from .adapters.sharding import trains_shards
 from .sketch import Sketch
 
 _ON_DEVICE = Storage()

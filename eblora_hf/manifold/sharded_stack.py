@@ -2,8 +2,8 @@
 
 import torch
 
-from .adapters.sharding import gather, scatter
-from .factor_stack import FactorStack
+from ..adapters.sharding import gather, scatter
+from .stack import FactorStack
 
 
 class ShardedStack(FactorStack):

@@ -14,13 +14,13 @@ Projecting the gradient alone would not do: an optimizer that rescales element b
 import torch
 from torch import nn
 
-from . import stiefel, stiefel_inplace
-from .adapters.factors import Factors, check_state
-from .adapters.layers import AdaptedLayer
-from .adapters.sharding import is_sharded
-from .factor_stack import FactorStack, of_similar_width
+from ..adapters.factors import Factors, check_state
+from ..adapters.layers import AdaptedLayer
+from ..adapters.sharding import is_sharded
+from . import inplace, maps
 from .optimizers import ParameterGroups, entry_size
 from .sharded_stack import ShardedStack
+from .stack import FactorStack, of_similar_width
 from .step_hooks import StepHooks
 
 _LARGEST_GRAM = 1e4  # of X + δ where nobody looks: a step δ a hundred times as large as a factor is divergence
@@ -102,8 +102,8 @@ class StiefelConstraint(StepHooks):
         for layer in self.layers:
             basis = bases.get(layer.name)
             p = 0 if basis is None else basis.shape[1]
-            stiefel.check_feasible(layer.d_out, layer.rank, name=f"{layer.name} (U)")
-            stiefel.check_feasible(layer.d_in, layer.rank, p, name=f"{layer.name} (V)")
+            maps.check_feasible(layer.d_out, layer.rank, name=f"{layer.name} (U)")
+            maps.check_feasible(layer.d_in, layer.rank, p, name=f"{layer.name} (V)")
             if layer.name not in factors:
                 raise ValueError(f"No factors were given for the layer {layer.name}.")
             for parameter, kind in ((layer.lora_A, "lora_A"), (layer.lora_B, "lora_B")):
@@ -150,7 +150,7 @@ class StiefelConstraint(StepHooks):
     def before_step(self) -> None:
         """Turns gradients into tangent vectors and lends the optimizer the factors."""
         self._batches = self._find_batches()
-        with stiefel.full_precision():
+        with maps.full_precision():
             for stack, rows in (run for batch in self._batches for run in batch):
                 self._lend(stack, rows)
 
@@ -172,7 +172,7 @@ class StiefelConstraint(StepHooks):
         """Gives the optimizer tangent gradients, and the factors themselves as parameters."""
         x, values, gradients = stack.x[rows], stack.values[rows], stack.take_gradients(rows)
         z = gradients.to(x.dtype)  # the same memory where it is the same dtype
-        inner = stiefel_inplace.tangent_(z, x, stack.basis_of(rows), self.tangent)
+        inner = inplace.tangent_(z, x, stack.basis_of(rows), self.tangent)
         if not stack.is_v:
             self.apply_chain_rule(stack, rows, z, inner)
         if not stack.lends_masters:
@@ -204,7 +204,7 @@ class StiefelConstraint(StepHooks):
             group["lr"] = self.scale_lr * self.groups.schedule(group["followed"])
         self._scale_optimizer.step()
         self._scale_optimizer.zero_grad()
-        with stiefel.full_precision():
+        with maps.full_precision():
             for batch in self._batches:
                 self._take_back(batch)
         self._batches = []
@@ -218,18 +218,18 @@ class StiefelConstraint(StepHooks):
             if stack.lends_masters:
                 y.sub_(x)
             if stack.exact_bases and all(stack.on_manifold[rows]):
-                grams.append(stiefel_inplace.move_(y, x, basis, self.tangent, stack.step_factor))
+                grams.append(inplace.move_(y, x, basis, self.tangent, stack.step_factor))
             else:  # the maps as they are defined
-                maps = {"canonical": stiefel.canonical_tangent, "orthogonal": stiefel.orthogonal_tangent}
-                delta = maps[self.tangent](x, stack.step_factor * y, basis)
-                y.copy_(stiefel.polar_retraction(x, delta, basis))
+                tangents = {"canonical": maps.canonical_tangent, "orthogonal": maps.orthogonal_tangent}
+                delta = tangents[self.tangent](x, stack.step_factor * y, basis)
+                y.copy_(maps.polar_retraction(x, delta, basis))
                 grams.append(y.mT @ y)
             moved.append(y)
         # a CPU looks how far the steps went; elsewhere that would be waiting for the device
         largest = None if batch[0][0].x.device.type == "cpu" else _LARGEST_GRAM
-        roots = stiefel_inplace.inverse_root(torch.cat(grams), largest).split([len(y) for y in moved])
+        roots = inplace.inverse_root(torch.cat(grams), largest).split([len(y) for y in moved])
         for (stack, rows), y, root in zip(batch, moved, roots, strict=True):
-            stiefel_inplace.retract_(stack.x[rows], y, root)
+            inplace.retract_(stack.x[rows], y, root)
             stack.on_manifold[rows] = [True] * len(y)
             self._write(stack, rows)
 
@@ -280,7 +280,7 @@ class StiefelConstraint(StepHooks):
 
     def deviation(self) -> tuple[float, float]:
         """The largest entries of |XᵀX - I| and |FᵀX| over all factors."""
-        pairs = [stiefel.factor_deviation(stack.x, stack.basis) for stack in self._stacks]
+        pairs = [maps.factor_deviation(stack.x, stack.basis) for stack in self._stacks]
         return max(orthonormality for orthonormality, _ in pairs), max(restriction for _, restriction in pairs)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

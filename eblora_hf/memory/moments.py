@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.layers import AdaptedLayer
 from .accumulators import Storage
-from .adapters.layers import AdaptedLayer
 from .gradients import all_reduce, observed_gradients
 from .sketch import Sketch
 

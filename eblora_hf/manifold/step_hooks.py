@@ -2,7 +2,7 @@
 
 import torch
 
-from .adapters.factors import Factors
+from ..adapters.factors import Factors
 from .optimizers import plain_optimizer
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .stiefel import restrict
-from .subspace import BasisExtension, extend_basis, principal_directions
+from ..manifold.maps import restrict
+from .basis import BasisExtension, extend_basis, principal_directions
 
 _CONFIDENCE = 2.0  # standard deviations of an estimated share by which a basis has to do better than asked
 

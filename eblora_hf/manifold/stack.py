@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from . import stiefel
-from .adapters.sharding import gather
+from ..adapters.sharding import gather
+from . import maps
 
 _CACHE = 2**21  # bytes of one tensor of a run on a CPU: what a step touches of it then stays close to the core
 _PADDED = 1.25  # how much wider than its own a basis may be padded
@@ -70,8 +70,8 @@ class FactorStack:
         restrictions = [None] * len(masters)
         if bases is not None:
             restrictions = [basis[:, :width] for basis, width in zip(self.basis, widths, strict=True)]
-        self.exact_bases = all(basis is None or stiefel.check_factor(basis, atol=atol) for basis in restrictions)
-        self.on_manifold = list(map(partial(stiefel.check_factor, atol=atol), self.x, restrictions))
+        self.exact_bases = all(basis is None or maps.check_factor(basis, atol=atol) for basis in restrictions)
+        self.on_manifold = list(map(partial(maps.check_factor, atol=atol), self.x, restrictions))
         self.scales = []
         if s is not None:
             self.s, self.scaling = self.x.new_tensor(s), self.x.new_tensor(scaling)

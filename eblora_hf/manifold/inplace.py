@@ -2,7 +2,7 @@
 
 All work on stacks `(n, d, r)` of tall factors. A stack may be the view `.mT` of contiguous memory, which is how lora_A
 lies in a model: products are then computed in the memory's own order, without a copy. The maps are those of
-`stiefel.py`; a step costs 12 r floating-point operations per element of a factor, and under a basis of p columns 8 p
+`maps.py`; a step costs 12 r floating-point operations per element of a factor, and under a basis of p columns 8 p
 more.
 """
 
@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .stiefel import in_span
+from .maps import in_span
 
 
 def tangent_(z: torch.Tensor, x: torch.Tensor, basis: torch.Tensor | None, tangent: str) -> torch.Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..manifold.maps import check_feasible, full_precision, restrict
 from .spectrum import leading_directions, noise_energy, principal_triplets, rounding_of
-from .stiefel import check_feasible, full_precision, restrict
 
 _ROUNDING = 1e-5  # share of the energy that may be missing at a threshold that only noise would reach
 

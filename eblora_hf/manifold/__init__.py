@@ -1,0 +1,1 @@
+"""The step: maps of the Stiefel manifold, factors stacked for them, and the constraint on an optimizer."""
