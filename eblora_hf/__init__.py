@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from .analysis.smoothing import smooth_adapter
     from .callback import TaskSequenceCallback
     from .config import EBLoRAConfig, Task, TaskSequence
-    from .hub import SequenceConflictError, load_sequence, push_sequence
     from .metrics import ContinualMetrics, continual_metrics
+    from .published.hub import SequenceConflictError, load_sequence, push_sequence
+    from .published.sequence import PublishedSequence
     from .seq2seq_trainer import ContinualEBLoRASeq2SeqTrainer
-    from .sequence import PublishedSequence
     from .sft_trainer import ContinualEBLoRASFTTrainer
     from .trainer import ContinualEBLoRATrainer, ContinualMixin
 
@@ -26,16 +26,16 @@ _MODULE_OF = {
     "ContinualMetrics": "metrics",
     "ContinualMixin": "trainer",
     "EBLoRAConfig": "config",
-    "PublishedSequence": "sequence",
-    "SequenceConflictError": "hub",
+    "PublishedSequence": "published.sequence",
+    "SequenceConflictError": "published.hub",
     "Task": "config",
     "TaskSequence": "config",
     "TaskSequenceCallback": "callback",
     "continual_metrics": "metrics",
     "interference_report": "analysis.interference",
-    "load_sequence": "hub",
+    "load_sequence": "published.hub",
     "merge_into_base": "adapters.composition",
-    "push_sequence": "hub",
+    "push_sequence": "published.hub",
     "smooth_adapter": "analysis.smoothing",
 }
 

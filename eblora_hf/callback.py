@@ -16,7 +16,7 @@ from .config import EBLoRAConfig, Task
 from .manifold.step_hooks import StepHooks
 from .memory.basis import BasisExtension, join_basis
 from .metrics import accuracy_matrix
-from .sequence import PublishedSequence
+from .published.sequence import PublishedSequence
 from .version import __version__
 
 logger = logging.get_logger(__name__)

@@ -19,7 +19,6 @@ from .adapters.factors import load_state, save_state
 from .adapters.layers import AdaptedLayer
 from .adapters.sharding import whole
 from .config import EBLoRAConfig
-from .files import json_bytes, write
 from .fsdp import ShardedMixin
 from .manifold.optimizers import plain_optimizer
 from .manifold.step_hooks import StepHooks
@@ -28,6 +27,7 @@ from .memory.gradients import mean_gradients, share_batches, snapshot_indices
 from .memory.moments import feature_moments, token_gradient_moments
 from .methods import Method
 from .methods.base import Snapshot, Snapshots
+from .published.files import json_bytes, write
 
 METHOD_FILE = "eblora_method.json"  # beside each checkpoint
 _COLLECTORS = {

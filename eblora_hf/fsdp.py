@@ -13,10 +13,10 @@ from .adapters.factors import load_state
 from .adapters.layers import AdaptedLayer
 from .adapters.sharding import whole
 from .callback import TaskSequenceCallback
-from .files import write
 from .manifold.step_hooks import StepHooks
 from .methods import Method
 from .processes import check_same_everywhere
+from .published.files import write
 
 _METHODS = ("eblora", "ebo", "lora")  # the others write into adapters, or look at whole weights
 

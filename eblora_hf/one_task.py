@@ -33,8 +33,8 @@ from .constrained import ConstrainedMixin
 from .methods import build_method
 from .methods.base import Snapshot
 from .processes import check_same_everywhere, spread_over_processes
+from .published.sequence import PublishedSequence
 from .publisher import PublishingMixin
-from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
 

@@ -6,10 +6,10 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .callback import TaskSequenceCallback
-from .card import render_card
-from .files import write
-from .hub import check_remote, push_sequence
-from .sequence import PublishedSequence
+from .published.card import render_card
+from .published.files import write
+from .published.hub import check_remote, push_sequence
+from .published.sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
 

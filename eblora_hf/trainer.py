@@ -20,15 +20,15 @@ from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback
 from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
-from .hub import check_beginning, fetch_sequence
-from .identity import describe_base_model
 from .manifold.maps import multiplies_exactly
 from .methods import build_method
 from .metrics import continual_metrics
 from .one_task import OneTaskMixin
 from .processes import broadcast_model
+from .published.hub import check_beginning, fetch_sequence
+from .published.identity import describe_base_model
+from .published.sequence import PublishedSequence
 from .publisher import Publisher
-from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from eblora_hf.benchmark.runs import Run, read_results, run_all
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, TRANSFORMATIONS, transformation
 from eblora_hf.benchmark.tuning import grid_of, tune
 from eblora_hf.cli import app
-from eblora_hf.files import tensor_bytes, write
+from eblora_hf.published.files import tensor_bytes, write
 
 from .conftest import lora, make_arguments
 

@@ -18,9 +18,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
-from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, files, hub, load_sequence
+from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, load_sequence
 from eblora_hf.adapters.composition import concatenate
-from eblora_hf.card import loading_code, render_card
+from eblora_hf.published import files, hub
+from eblora_hf.published.card import loading_code, render_card
 
 from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
 from .hub_server import TOKEN, HubServer

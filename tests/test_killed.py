@@ -11,7 +11,8 @@ import tenacity
 import torch
 from safetensors.torch import load_file
 
-from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, hub
+from eblora_hf import ContinualEBLoRATrainer, PublishedSequence
+from eblora_hf.published import hub
 
 from .conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
 from .hub_server import TOKEN, HubServer

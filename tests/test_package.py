@@ -12,15 +12,18 @@ import eblora_hf
 
 ROOT = Path(eblora_hf.__file__).parent
 FLOORS = [
-    {"metrics", "files", "version"},
+    {"metrics", "version"},
     {
         "memory",
         "manifold",
         "adapters",
         "processes",
-        "identity",
     },
-    {"config", "methods", "index", "sequence", "hub", "card"},
+    {
+        "published",
+        "config",
+        "methods",
+    },
     {
         "callback",
         "publisher",

@@ -7,8 +7,8 @@ from peft import PeftModel, prepare_model_for_kbit_training
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, load_sequence, merge_into_base
 from eblora_hf.adapters.layers import find_layers, keep_differentiable
-from eblora_hf.identity import describe_base_model
 from eblora_hf.memory.gradients import mean_gradients
+from eblora_hf.published.identity import describe_base_model
 
 from .architectures import ARCHITECTURES
 from .conftest import lora, make_arguments

@@ -10,9 +10,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from eblora_hf import PublishedSequence
-from eblora_hf.identity import describe_base_model
-from eblora_hf.index import TaskRecord
 from eblora_hf.memory.basis import BasisExtension
+from eblora_hf.published.identity import describe_base_model
+from eblora_hf.published.index import TaskRecord
 
 from .conftest import lora, make_model, orthonormal
 

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from ..adapters.composition import AdapterState, factors_of, folded_config
-from ..files import tensor_bytes, write
-from ..index import ADAPTER, ADAPTER_CONFIG
+from ..published.files import tensor_bytes, write
+from ..published.index import ADAPTER, ADAPTER_CONFIG
 
 _PICKLE = "adapter_model.bin"
 _FACTOR = r"base_model\.model\..+\.lora_[AB]\.weight"

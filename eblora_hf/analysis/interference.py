@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters.composition import concatenate, heads_of, with_heads
-from ..hub import fetch_sequence
 from ..memory.basis import check_gradient
-from ..sequence import PublishedSequence
+from ..published.hub import fetch_sequence
+from ..published.sequence import PublishedSequence
 from ..trainer import ContinualMixin
 
 

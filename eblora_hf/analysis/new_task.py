@@ -9,7 +9,7 @@ import transformers
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, TrainingArguments
 
 from ..config import EBLoRAConfig
-from ..hub import fetch_sequence
+from ..published.hub import fetch_sequence
 from ..trainer import ContinualEBLoRATrainer
 
 # kind: model class, and the columns that a data set needs

@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
-from ..files import tensor_bytes, write
+from ..published.files import tensor_bytes, write
 from .digits import load_digits, new_model, pretrain, steady_cpu
 from .protocol import TUNING, MethodResult, run_method
 from .report import as_json, package_versions

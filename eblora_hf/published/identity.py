@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.layers import is_quantized
-from .adapters.sharding import whole
+from ..adapters.layers import is_quantized
+from ..adapters.sharding import whole
 
 
 def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[str, Any]:

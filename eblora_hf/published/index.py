@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import Task
+from ..config import Task
 
 INDEX = "eblora_sequence.json"
 FORMAT_VERSION = 1

@@ -26,11 +26,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from .adapters.composition import AdapterState, concatenate, factors_of, folded_config
+from ..adapters.composition import AdapterState, concatenate, factors_of, folded_config
+from ..memory.basis import BasisExtension, join_basis
 from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
 from .identity import describe_base_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
-from .memory.basis import BasisExtension, join_basis
 
 logger = logging.get_logger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from .adapters.composition import heads_of
+from ..adapters.composition import heads_of
+from ..metrics import FORMULAS, accuracy_matrix, continual_metrics
 from .index import TRAINING
-from .metrics import FORMULAS, accuracy_matrix, continual_metrics
 from .sequence import PublishedSequence
 
 _TASK_TYPES = {  # endings of transformers' class names, for the evaluation results

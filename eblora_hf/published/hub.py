@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.utils import logging
 
-from .adapters.composition import concatenate, folded_config, heads_of, load_adapter
+from ..adapters.composition import concatenate, folded_config, heads_of, load_adapter
 from .index import INDEX, SUBSPACE, Index, TaskRecord
 from .sequence import PublishedSequence
 
