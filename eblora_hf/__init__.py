@@ -9,28 +9,28 @@ if TYPE_CHECKING:
     from .adapters.composition import merge_into_base
     from .analysis.interference import interference_report
     from .analysis.smoothing import smooth_adapter
-    from .callback import TaskSequenceCallback
     from .config import EBLoRAConfig, Task, TaskSequence
     from .metrics import ContinualMetrics, continual_metrics
     from .published.hub import SequenceConflictError, load_sequence, push_sequence
     from .published.sequence import PublishedSequence
-    from .seq2seq_trainer import ContinualEBLoRASeq2SeqTrainer
-    from .sft_trainer import ContinualEBLoRASFTTrainer
-    from .trainer import ContinualEBLoRATrainer, ContinualMixin
+    from .trainers.callback import TaskSequenceCallback
+    from .trainers.seq2seq import ContinualEBLoRASeq2SeqTrainer
+    from .trainers.sft import ContinualEBLoRASFTTrainer
+    from .trainers.trainer import ContinualEBLoRATrainer, ContinualMixin
 
 # imported at first use: `import eblora_hf` and `eblora --help` load neither torch nor transformers
 _MODULE_OF = {
-    "ContinualEBLoRASFTTrainer": "sft_trainer",
-    "ContinualEBLoRASeq2SeqTrainer": "seq2seq_trainer",
-    "ContinualEBLoRATrainer": "trainer",
+    "ContinualEBLoRASFTTrainer": "trainers.sft",
+    "ContinualEBLoRASeq2SeqTrainer": "trainers.seq2seq",
+    "ContinualEBLoRATrainer": "trainers.trainer",
     "ContinualMetrics": "metrics",
-    "ContinualMixin": "trainer",
+    "ContinualMixin": "trainers.trainer",
     "EBLoRAConfig": "config",
     "PublishedSequence": "published.sequence",
     "SequenceConflictError": "published.hub",
     "Task": "config",
     "TaskSequence": "config",
-    "TaskSequenceCallback": "callback",
+    "TaskSequenceCallback": "trainers.callback",
     "continual_metrics": "metrics",
     "interference_report": "analysis.interference",
     "load_sequence": "published.hub",

@@ -12,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from eblora_hf import EBLoRAConfig
-from eblora_hf.fsdp import ShardedMixin
+from eblora_hf.trainers.fsdp import ShardedMixin
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "scripts" / "accelerate_configs"

@@ -8,11 +8,11 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from eblora_hf import EBLoRAConfig, PublishedSequence
-from eblora_hf import trainer as trainer_module
 from eblora_hf.adapters.composition import EARLIER_TASKS, compress, factors_of
 from eblora_hf.adapters.earlier_tasks import EarlierTasks
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.manifold import maps
+from eblora_hf.trainers import trainer as trainer_module
 
 from .conftest import make_model, make_text_data, orthonormal
 from .test_trainer import make_trainer

@@ -9,7 +9,7 @@ from ..adapters.composition import concatenate, heads_of, with_heads
 from ..memory.basis import check_gradient
 from ..published.hub import fetch_sequence
 from ..published.sequence import PublishedSequence
-from ..trainer import ContinualMixin
+from ..trainers.trainer import ContinualMixin
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..analysis.spectra import mean_sigma_ratio
 from ..config import EBLoRAConfig
 from ..metrics import continual_metrics
-from ..trainer import ContinualEBLoRATrainer
+from ..trainers.trainer import ContinualEBLoRATrainer
 from .digits import Digits
 from .transformations import PROTOCOL_TASKS, transformation
 

@@ -12,8 +12,8 @@ except ImportError as error:
         "ContinualEBLoRASFTTrainer needs TRL, which could not be imported. Install it: pip install 'eblora-hf[trl]'."
     ) from error
 
-from .config import TaskSequence
-from .methods.base import Snapshot, Snapshots
+from ..config import TaskSequence
+from ..methods.base import Snapshot, Snapshots
 from .trainer import ContinualMixin
 
 

@@ -14,20 +14,20 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .adapters.earlier_tasks import EarlierTasks
-from .adapters.layers import find_layers, keep_differentiable
+from ..adapters.earlier_tasks import EarlierTasks
+from ..adapters.layers import find_layers, keep_differentiable
+from ..config import EBLoRAConfig, Task
+from ..manifold.maps import multiplies_exactly
+from ..methods import build_method
+from ..metrics import continual_metrics
+from ..published.hub import check_beginning, fetch_sequence
+from ..published.identity import describe_base_model
+from ..published.sequence import PublishedSequence
 from .arguments import check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback
-from .config import EBLoRAConfig, Task
 from .constrained import last_complete_checkpoint
-from .manifold.maps import multiplies_exactly
-from .methods import build_method
-from .metrics import continual_metrics
 from .one_task import OneTaskMixin
 from .processes import broadcast_model
-from .published.hub import check_beginning, fetch_sequence
-from .published.identity import describe_base_model
-from .published.sequence import PublishedSequence
 from .publisher import Publisher
 
 logger = logging.get_logger(__name__)

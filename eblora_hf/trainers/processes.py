@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.layers import AdaptedLayer
-from .adapters.sharding import is_sharded
+from ..adapters.layers import AdaptedLayer
+from ..adapters.sharding import is_sharded
 
 
 def spread_over_processes(

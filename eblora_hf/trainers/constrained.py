@@ -14,20 +14,20 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
 
-from .adapters.composition import EARLIER_TASKS, activate, adapter_state
-from .adapters.factors import load_state, save_state
-from .adapters.layers import AdaptedLayer
-from .adapters.sharding import whole
-from .config import EBLoRAConfig
+from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
+from ..adapters.factors import load_state, save_state
+from ..adapters.layers import AdaptedLayer
+from ..adapters.sharding import whole
+from ..config import EBLoRAConfig
+from ..manifold.optimizers import plain_optimizer
+from ..manifold.step_hooks import StepHooks
+from ..memory.accumulators import Storage
+from ..memory.gradients import mean_gradients, share_batches, snapshot_indices
+from ..memory.moments import feature_moments, token_gradient_moments
+from ..methods import Method
+from ..methods.base import Snapshot, Snapshots
+from ..published.files import json_bytes, write
 from .fsdp import ShardedMixin
-from .manifold.optimizers import plain_optimizer
-from .manifold.step_hooks import StepHooks
-from .memory.accumulators import Storage
-from .memory.gradients import mean_gradients, share_batches, snapshot_indices
-from .memory.moments import feature_moments, token_gradient_moments
-from .methods import Method
-from .methods.base import Snapshot, Snapshots
-from .published.files import json_bytes, write
 
 METHOD_FILE = "eblora_method.json"  # beside each checkpoint
 _COLLECTORS = {

@@ -11,13 +11,13 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .adapters.composition import AdapterState
-from .config import EBLoRAConfig, Task
-from .manifold.step_hooks import StepHooks
-from .memory.basis import BasisExtension, join_basis
-from .metrics import accuracy_matrix
-from .published.sequence import PublishedSequence
-from .version import __version__
+from ..adapters.composition import AdapterState
+from ..config import EBLoRAConfig, Task
+from ..manifold.step_hooks import StepHooks
+from ..memory.basis import BasisExtension, join_basis
+from ..metrics import accuracy_matrix
+from ..published.sequence import PublishedSequence
+from ..version import __version__
 
 logger = logging.get_logger(__name__)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..published.card import render_card
+from ..published.files import write
+from ..published.hub import check_remote, push_sequence
+from ..published.sequence import PublishedSequence
 from .callback import TaskSequenceCallback
-from .published.card import render_card
-from .published.files import write
-from .published.hub import check_remote, push_sequence
-from .published.sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
 

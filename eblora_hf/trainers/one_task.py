@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .adapters.composition import (
+from ..adapters.composition import (
     concatenate,
     folded_adapter,
     heads_of,
@@ -24,16 +24,16 @@ from .adapters.composition import (
     set_ranks,
     with_heads,
 )
-from .adapters.earlier_tasks import EarlierTasks
-from .adapters.layers import find_layers
-from .adapters.sharding import scatter
+from ..adapters.earlier_tasks import EarlierTasks
+from ..adapters.layers import find_layers
+from ..adapters.sharding import scatter
+from ..config import Task, TaskSequence
+from ..methods import build_method
+from ..methods.base import Snapshot
+from ..published.sequence import PublishedSequence
 from .callback import TaskSequenceCallback, training_record
-from .config import Task, TaskSequence
 from .constrained import ConstrainedMixin
-from .methods import build_method
-from .methods.base import Snapshot
 from .processes import check_same_everywhere, spread_over_processes
-from .published.sequence import PublishedSequence
 from .publisher import PublishingMixin
 
 logger = logging.get_logger(__name__)

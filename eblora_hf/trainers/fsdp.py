@@ -8,15 +8,15 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from .adapters.composition import load_adapter
-from .adapters.factors import load_state
-from .adapters.layers import AdaptedLayer
-from .adapters.sharding import whole
+from ..adapters.composition import load_adapter
+from ..adapters.factors import load_state
+from ..adapters.layers import AdaptedLayer
+from ..adapters.sharding import whole
+from ..manifold.step_hooks import StepHooks
+from ..methods import Method
+from ..published.files import write
 from .callback import TaskSequenceCallback
-from .manifold.step_hooks import StepHooks
-from .methods import Method
 from .processes import check_same_everywhere
-from .published.files import write
 
 _METHODS = ("eblora", "ebo", "lora")  # the others write into adapters, or look at whole weights
 

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from .adapters.layers import AdaptedLayer, is_quantized
-from .config import Task, TaskSequence
+from ..adapters.layers import AdaptedLayer, is_quantized
+from ..config import Task, TaskSequence
+from ..manifold.optimizers import check_optimizer, plain_optimizer
 from .fsdp import unsupported_launcher
-from .manifold.optimizers import check_optimizer, plain_optimizer
 
 # what PEFT adds to `modules_to_save`
 _HEADS = {
