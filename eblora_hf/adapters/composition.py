@@ -45,7 +45,7 @@ def folded_adapter(
     """
     state = {key: whole(value) for key, value in adapter_state(model, layers[0].adapter).items()}
     for layer in layers:
-        a, b = (f"{_PREFIX}{layer.name}.{kind}.weight" for kind in ("lora_A", "lora_B"))
+        a, b = (factor_key(layer.name, kind) for kind in ("lora_A", "lora_B"))
         if factors:
             state[a], state[b] = factors[layer.name].V.mT, factors[layer.name].s * factors[layer.name].U
         else:
@@ -107,7 +107,7 @@ def concatenate(adapters: list[AdapterState]) -> AdapterState:
             )
     for kind, dim in (("lora_A", 0), ("lora_B", 1)):
         for name in factors_of(first, kind):
-            key = f"{_PREFIX}{name}.{kind}.weight"
+            key = factor_key(name, kind)
             result[key] = torch.cat([adapter[key] for adapter in adapters], dim=dim)
     return result
 
@@ -125,7 +125,7 @@ def compress(adapter: AdapterState, error: float) -> tuple[AdapterState, float]:
     """
     result, worst = dict(adapter), 0.0
     for name, a in factors_of(adapter, "lora_A").items():
-        key_a, key_b = (f"{_PREFIX}{name}.{kind}.weight" for kind in ("lora_A", "lora_B"))
+        key_a, key_b = (factor_key(name, kind) for kind in ("lora_A", "lora_B"))
         left, sigma, right = decompose_product(adapter[key_b], a)
         # lost[k] is the share of the energy that is lost with k directions
         lost = 1.0 - torch.cat([sigma.new_zeros(1), sigma.square().cumsum(0)]) / sigma.square().sum().clamp_min(1e-300)
@@ -313,6 +313,16 @@ def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
             f"The adapter does not fit the model, which has no {', '.join(unexpected)}. Load the base "
             "model and the `target_modules` that it was trained with."
         )
+
+
+def factor_key(layer: str, kind: str) -> str:
+    """PEFT's name of a factor, `"lora_A"` or `"lora_B"`, of a layer."""
+    return f"{_PREFIX}{layer}.{kind}.weight"
+
+
+def in_full(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def factors_of(adapter: AdapterState, kind: str) -> AdapterState:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..adapters.composition import AdapterState, factors_of, folded_config
+from ..adapters.composition import AdapterState, factor_key, factors_of, folded_config, in_full
 from ..published.files import tensor_bytes, write
 from ..published.index import ADAPTER, ADAPTER_CONFIG
 
@@ -110,6 +110,24 @@ def check_free(folder: Path) -> None:
             raise ValueError(f"{folder} already holds an adapter ({name}). Choose another folder.")
 
 
+def check_same_layers(adapters: list[Adapter]) -> None:
+    """
+    Raises if adapters are not of the same layers of one model.
+
+    Raises:
+        ValueError: naming the two adapters and the layers in which they differ, by name or shape.
+    """
+    first = adapters[0]
+    for other in adapters[1:]:
+        different = dict(_shapes(first.state).items() ^ _shapes(other.state).items())
+        if different:
+            raise ValueError(
+                f"{first.source} and {other.source} cannot be added: they adapt different layers, or layers of "
+                f"different shapes: {', '.join(sorted(different))}. Merge adapters of one base model with the same "
+                "target modules."
+            )
+
+
 def _fetch(source: str) -> tuple[Path, bool]:
     """The folder of an adapter, downloaded if it is on the Hub, and whether its weights are a pickle alone."""
     if Path(source).is_dir():
@@ -174,11 +192,7 @@ def _folded(state: AdapterState, config: LoraConfig, source: str | Path) -> Adap
     return folded
 
 
-def factor_key(layer: str, kind: str) -> str:
-    """PEFT's name of a factor, `"lora_A"` or `"lora_B"`, of a layer."""
-    return f"base_model.model.{layer}.{kind}.weight"
-
-
-def in_full(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _shapes(adapter: AdapterState) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of each layer."""
+    lora_a = factors_of(adapter, "lora_A")
+    return {name: (b.shape[0], lora_a[name].shape[1]) for name, b in factors_of(adapter, "lora_B").items()}

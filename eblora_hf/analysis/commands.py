@@ -121,8 +121,8 @@ def merge(
     A head or biases beside the LoRA factors are taken from the last adapter.
     """
     with _clear_errors():
-        from .adapters import check_free, read_adapter, write_adapter
-        from .merging import check_same_layers, merge_adapters
+        from .adapters import check_free, check_same_layers, read_adapter, write_adapter
+        from .merging import merge_adapters
 
         check_free(output)
         read = [read_adapter(source) for source in adapters]

@@ -2,8 +2,7 @@
 
 import math
 
-from ..adapters.composition import AdapterState, concatenate, factors_of
-from .adapters import Adapter, factor_key
+from ..adapters.composition import AdapterState, concatenate, factor_key, factors_of
 from .smoothing import smooth_adapter
 
 
@@ -31,27 +30,3 @@ def merge_adapters(adapters: list[AdapterState], *, weight: float = 1.0, smooth:
     for name, b in factors_of(merged, "lora_B").items():
         merged[factor_key(name, "lora_B")] = weight * b
     return merged
-
-
-def check_same_layers(adapters: list[Adapter]) -> None:
-    """
-    Raises if adapters are not of the same layers of one model.
-
-    Raises:
-        ValueError: naming the two adapters and the layers in which they differ, by name or shape.
-    """
-    first = adapters[0]
-    for other in adapters[1:]:
-        different = dict(_shapes(first.state).items() ^ _shapes(other.state).items())
-        if different:
-            raise ValueError(
-                f"{first.source} and {other.source} cannot be added: they adapt different layers, or layers of "
-                f"different shapes: {', '.join(sorted(different))}. Merge adapters of one base model with the same "
-                "target modules."
-            )
-
-
-def _shapes(adapter: AdapterState) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of each layer."""
-    lora_a = factors_of(adapter, "lora_A")
-    return {name: (b.shape[0], lora_a[name].shape[1]) for name, b in factors_of(adapter, "lora_B").items()}

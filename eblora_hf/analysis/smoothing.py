@@ -2,9 +2,8 @@
 
 import torch
 
-from ..adapters.composition import AdapterState, factors_of
+from ..adapters.composition import AdapterState, factor_key, factors_of, in_full
 from ..adapters.factors import decompose_product
-from .adapters import factor_key, in_full
 
 EQUAL = ("sum", "frobenius")
 
