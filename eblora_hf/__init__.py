@@ -7,8 +7,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters.composition import merge_into_base
+    from .adapters.smoothing import smooth_adapter
     from .analysis.interference import interference_report
-    from .analysis.smoothing import smooth_adapter
     from .config import EBLoRAConfig, Task, TaskSequence
     from .metrics import ContinualMetrics, continual_metrics
     from .published.hub import SequenceConflictError, load_sequence, push_sequence
@@ -36,7 +36,7 @@ _MODULE_OF = {
     "load_sequence": "published.hub",
     "merge_into_base": "adapters.composition",
     "push_sequence": "published.hub",
-    "smooth_adapter": "analysis.smoothing",
+    "smooth_adapter": "adapters.smoothing",
 }
 
 __all__ = [

@@ -29,12 +29,11 @@ from eblora_hf import (
 from eblora_hf.adapters.composition import factors_of, load_adapter
 from eblora_hf.adapters.factors import decompose_product
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.analysis import merging_experiment
+from eblora_hf.adapters.merging import merge_adapters
+from eblora_hf.adapters.spectra import singular_values, summarise
 from eblora_hf.analysis.adapters import read_adapter
 from eblora_hf.analysis.interference import interference
-from eblora_hf.analysis.merging import merge_adapters
-from eblora_hf.analysis.spectra import singular_values, summarise
-from eblora_hf.benchmark import digits
+from eblora_hf.benchmark import digits, merging_experiment
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
 

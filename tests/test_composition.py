@@ -15,7 +15,7 @@ from eblora_hf.adapters.composition import (
     replace_adapter,
 )
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.analysis.spectra import mean_sigma_ratio, singular_values
+from eblora_hf.adapters.spectra import mean_sigma_ratio, singular_values
 
 from .conftest import lora, make_model, make_text_data, orthonormal
 

@@ -57,8 +57,8 @@ def spectra(
     with _clear_errors():
         if output is not None:
             _prepare(output, plots=True)
+        from ..adapters.spectra import singular_values, summarise
         from .adapters import read_adapter
-        from .spectra import singular_values, summarise
 
         by_layer = {source: singular_values(read_adapter(source).state) for source in adapters}
         means = {source: summarise(list(values.values())) for source, values in by_layer.items()}
@@ -96,8 +96,8 @@ def smooth(
     part and stay zero. Writes an ordinary PEFT adapter of the same rank.
     """
     with _clear_errors():
+        from ..adapters.smoothing import smooth_adapter
         from .adapters import check_free, read_adapter, write_adapter
-        from .smoothing import smooth_adapter
 
         check_free(output)
         read = read_adapter(adapter)
@@ -121,8 +121,8 @@ def merge(
     A head or biases beside the LoRA factors are taken from the last adapter.
     """
     with _clear_errors():
+        from ..adapters.merging import merge_adapters
         from .adapters import check_free, check_same_layers, read_adapter, write_adapter
-        from .merging import merge_adapters
 
         check_free(output)
         read = [read_adapter(source) for source in adapters]
@@ -149,8 +149,8 @@ def merging(
     with _clear_errors():
         chosen_seeds, chosen_counts = _numbers(seeds, "--seeds", 0, 2**31), _numbers(counts, "--counts", 1, 6)
         _prepare(output, plots=True, scikit_learn=True)
+        from ..benchmark import merging_experiment as experiment
         from ..benchmark.report import package_versions
-        from . import merging_experiment as experiment
         from .plots import plot_merging
 
         merges = []

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import matplotlib.figure
 
-from .spectra import Spectrum
+from ..adapters.spectra import Spectrum
 
 if TYPE_CHECKING:  # a plot of spectra needs no trainer
-    from .merging_experiment import MeanAndDeviation
+    from ..benchmark.merging_experiment import MeanAndDeviation
 
 
 def plot_spectra(spectra: dict[str, Spectrum], path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from ..analysis.spectra import mean_sigma_ratio
+from ..adapters.spectra import mean_sigma_ratio
 from ..config import EBLoRAConfig
 from ..metrics import continual_metrics
 from ..trainers.trainer import ContinualEBLoRATrainer

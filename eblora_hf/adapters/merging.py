@@ -2,7 +2,7 @@
 
 import math
 
-from ..adapters.composition import AdapterState, concatenate, factor_key, factors_of
+from .composition import AdapterState, concatenate, factor_key, factors_of
 from .smoothing import smooth_adapter
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapters.composition import AdapterState, factors_of
-from ..adapters.factors import decompose_product
+from .composition import AdapterState, factors_of
+from .factors import decompose_product
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import nn
 from transformers.utils import logging
 
 from ..adapters.composition import AdapterState, factors_of
-from ..benchmark.digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
-from ..benchmark.protocol import TUNING, train, training_arguments
-from ..benchmark.transformations import PROTOCOL_TASKS, transformation
+from ..adapters.merging import merge_adapters
 from ..config import EBLoRAConfig
-from .merging import merge_adapters
+from .digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
+from .protocol import TUNING, train, training_arguments
+from .transformations import PROTOCOL_TASKS, transformation
 
 VARIANTS = {"raw": "none", "equal sum": "sum", "equal Frobenius": "frobenius"}  # as `smooth` of merge_adapters
 WEIGHTS = [round(0.1 * step, 1) for step in range(1, 16)]

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..adapters.composition import AdapterState, factor_key, factors_of, in_full
-from ..adapters.factors import decompose_product
+from .composition import AdapterState, factor_key, factors_of, in_full
+from .factors import decompose_product
 
 EQUAL = ("sum", "frobenius")
 
