@@ -10,7 +10,7 @@ import traceback
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    HUB_PORT = probe.getsockname()[1]  # where tests/hub_server.py runs while a test wants a Hub, and nothing otherwise
+    HUB_PORT = probe.getsockname()[1]  # where HubServer runs while a test wants a Hub, and nothing otherwise
 # huggingface_hub reads these when it is imported
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-cache-")
@@ -150,10 +150,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    from . import support
+    from .support import tables
 
     if config.getoption("--write-support") and not hasattr(config, "workerinput"):
-        support.PATH.unlink(missing_ok=True)  # nothing to compare with
+        tables.PATH.unlink(missing_ok=True)  # nothing to compare with
 
 
 def pytest_runtest_logreport(report):
@@ -162,8 +162,8 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    from . import support
+    from .support import tables
 
     if session.config.getoption("--write-support") and not hasattr(session.config, "workerinput"):
-        support.PATH.parent.mkdir(exist_ok=True)
-        support.PATH.write_text(support.render(_support_cells))
+        tables.PATH.parent.mkdir(exist_ok=True)
+        tables.PATH.write_text(tables.render(_support_cells))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from tests.architectures import ARCHITECTURES
-from tests.contract import keep_contract
 from tests.launch.fsdp2 import FSDP2OnCPU
+from tests.support.tables.architectures import ARCHITECTURES
+from tests.support.tables.contract import keep_contract
 
 options = json.loads(sys.argv[1])
 folder, results = Path(options["folder"]), {}
