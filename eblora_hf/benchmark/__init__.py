@@ -1,4 +1,5 @@
 """
-The embedded benchmark: continual learning on handwritten digits that ship with scikit-learn. No network, minutes on
-CPU.
+The embedded benchmark: continual learning on handwritten digits. No network, minutes on a CPU.
+
+May import `trainers` and what lies below it.
 """

@@ -1,1 +1,5 @@
-"""What is remembered of a task: its gradients, summed over a snapshot, and the bases that hold their energy."""
+"""
+What is remembered of a task: snapshots of its gradients, summed, and the bases that hold their energy.
+
+May import `manifold` and `adapters`.
+"""

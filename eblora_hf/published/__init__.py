@@ -1,1 +1,5 @@
-"""The sequence on disk and on the Hub: its index, files, identity of the base model, card and pushes."""
+"""
+The sequence as others get it, on disk and on the Hub: index, files, identity of the base model, card, pushes.
+
+May import `memory`, `manifold` and `adapters`.
+"""

@@ -24,8 +24,7 @@ from ..manifold.step_hooks import StepHooks
 from ..memory.accumulators import Storage
 from ..memory.gradients import mean_gradients, share_batches, snapshot_indices
 from ..memory.moments import feature_moments, token_gradient_moments
-from ..methods import Method
-from ..methods.base import Snapshot, Snapshots
+from ..methods.base import Method, Snapshot, Snapshots
 from ..published.files import json_bytes, write
 from .fsdp import ShardedMixin
 

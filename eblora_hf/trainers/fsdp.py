@@ -13,7 +13,7 @@ from ..adapters.factors import load_state
 from ..adapters.layers import AdaptedLayer
 from ..adapters.sharding import whole
 from ..manifold.step_hooks import StepHooks
-from ..methods import Method
+from ..methods.base import Method
 from ..published.files import write
 from .callback import TaskSequenceCallback
 from .processes import check_same_everywhere

@@ -28,8 +28,8 @@ from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.layers import find_layers
 from ..adapters.sharding import scatter
 from ..config import Task, TaskSequence
-from ..methods import build_method
 from ..methods.base import Snapshot
+from ..methods.build import build_method
 from ..published.sequence import PublishedSequence
 from .callback import TaskSequenceCallback, training_record
 from .constrained import ConstrainedMixin

@@ -18,7 +18,7 @@ from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.layers import find_layers, keep_differentiable
 from ..config import EBLoRAConfig, Task
 from ..manifold.maps import multiplies_exactly
-from ..methods import build_method
+from ..methods.build import build_method
 from ..metrics import continual_metrics
 from ..published.hub import check_beginning, fetch_sequence
 from ..published.identity import describe_base_model

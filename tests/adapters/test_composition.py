@@ -17,7 +17,7 @@ from eblora_hf.adapters.composition import (
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.adapters.spectra import mean_sigma_ratio, singular_values
 
-from ..conftest import lora, make_model, make_text_data, orthonormal
+from ..support.tiny import lora, make_model, make_text_data, orthonormal
 
 
 def trained_model(seed: int, kind="bert", **config):

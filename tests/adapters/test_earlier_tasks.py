@@ -14,8 +14,8 @@ from eblora_hf.adapters.layers import find_layers
 from eblora_hf.manifold import maps
 from eblora_hf.trainers import trainer as trainer_module
 
-from ..conftest import make_model, make_text_data, orthonormal
-from ..trainers.test_trainer import make_trainer
+from ..support.tiny import make_model, make_text_data, orthonormal
+from ..support.trainers import make_trainer
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:

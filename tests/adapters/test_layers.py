@@ -6,7 +6,7 @@ from torch import nn
 
 from eblora_hf.adapters.layers import find_layers
 
-from ..conftest import lora, make_model
+from ..support.tiny import lora, make_model
 
 
 def layers_of(kind: str, **config):

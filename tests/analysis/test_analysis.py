@@ -37,8 +37,9 @@ from eblora_hf.benchmark import digits, merging_experiment
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
 
-from ..conftest import HUB_PORT, lora, make_arguments, make_model, make_text_data, orthonormal
+from ..support import HUB_PORT
 from ..support.hub_server import TOKEN, HubServer
+from ..support.tiny import lora, make_arguments, make_model, make_text_data, orthonormal
 
 runner = CliRunner()
 CONFIGS = [

@@ -22,7 +22,7 @@ from eblora_hf.benchmark.tuning import grid_of, tune
 from eblora_hf.cli import app
 from eblora_hf.published.files import tensor_bytes, write
 
-from ..conftest import lora, make_arguments
+from ..support.tiny import lora, make_arguments
 
 ROOT = Path(__file__).parents[2]
 runner = CliRunner()

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import accuracy
 from tests.launch.fsdp2 import FSDP2OnCPU
 from tests.support.tables.architectures import ARCHITECTURES
 from tests.support.tables.contract import keep_contract
+from tests.support.tiny import accuracy
 
 folder = Path(sys.argv[1])
 torch.distributed.init_process_group("gloo")

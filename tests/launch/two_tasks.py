@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig
 from eblora_hf.adapters.sharding import whole
-from tests.conftest import lora, make_arguments, make_model, make_text_data
 from tests.launch.fsdp2 import FSDP2OnCPU
+from tests.support.tiny import lora, make_arguments, make_model, make_text_data
 
 options = json.loads(sys.argv[1])
 folder, held = Path(options["folder"]), {}

@@ -5,7 +5,7 @@ import torch
 
 from eblora_hf.manifold import inplace, maps
 
-from ..conftest import orthonormal
+from ..support.tiny import orthonormal
 
 SHAPES = [(40, 4, 0), (40, 4, 9), (64, 16, 20), (24, 12, 12)]  # d, r, p
 

@@ -5,7 +5,7 @@ import torch
 
 from eblora_hf.manifold import maps
 
-from ..conftest import orthonormal
+from ..support.tiny import orthonormal
 
 SEEDS = [0, 1, 2]
 SHAPES = [(12, 3, 0), (40, 8, 10), (33, 1, 4), (16, 8, 8)]  # d, r, p; the last one has no direction to spare

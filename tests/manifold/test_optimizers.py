@@ -12,10 +12,10 @@ from transformers.optimization import Adafactor
 
 from eblora_hf.manifold.optimizers import entry_size
 
-from ..conftest import make_text_data
+from ..support.factors import backward, setting
 from ..support.tables import TABLES, WORKS, outcome, report
-from ..trainers.test_trainer import make_trainer
-from .test_constraint import backward, setting
+from ..support.tiny import make_text_data
+from ..support.trainers import make_trainer
 
 BY_NAME = [
     *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit"),

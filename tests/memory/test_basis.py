@@ -11,20 +11,10 @@ from eblora_hf.memory.basis import (
     principal_weight_directions,
 )
 
-from ..conftest import orthonormal
+from ..support.factors import captured, gradient
+from ..support.tiny import orthonormal
 
 SEEDS = [0, 1, 2]
-
-
-def gradient(d_out: int, d_in: int, seed: int, decay: float = 0.8, dtype=torch.float64) -> torch.Tensor:
-    """A matrix with singular values 1, decay, decay², …"""
-    k = min(d_out, d_in)
-    left, right = orthonormal(d_out, k, seed), orthonormal(d_in, k, seed + 50)
-    return ((left * decay ** torch.arange(k, dtype=torch.float64)) @ right.T).to(dtype)
-
-
-def captured(g: torch.Tensor, basis: torch.Tensor) -> float:
-    return ((g @ basis).norm() ** 2 / g.norm() ** 2).item()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

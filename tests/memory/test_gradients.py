@@ -10,7 +10,7 @@ from eblora_hf.adapters.layers import find_layers
 from eblora_hf.memory.gradients import mean_gradients, observed_gradients, share_batches, snapshot_indices
 from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 
-from ..conftest import lora, make_model, make_text_data
+from ..support.tiny import lora, make_model, make_text_data
 
 
 def batches_of(data, size):

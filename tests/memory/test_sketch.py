@@ -11,9 +11,9 @@ from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.memory.moments import token_gradient_moments
 from eblora_hf.memory.sketch import extend_basis_from_sketch, principal_directions_from_sketch
 
-from ..conftest import lora, make_model, make_text_data, orthonormal
-from ..trainers.test_trainer import make_trainer
-from .test_basis import captured, gradient
+from ..support.factors import captured, gradient
+from ..support.tiny import lora, make_model, make_text_data, orthonormal
+from ..support.trainers import make_trainer
 
 SEEDS = [0, 1, 2]
 

@@ -15,11 +15,12 @@ from eblora_hf.benchmark.digits import Digits
 from eblora_hf.benchmark.transformations import TRANSFORMATIONS
 from eblora_hf.memory.basis import extend_basis, principal_weight_directions
 from eblora_hf.memory.moments import feature_moments, token_gradient_moments
-from eblora_hf.methods import Method, build_method
+from eblora_hf.methods.base import Method
+from eblora_hf.methods.build import build_method
 from eblora_hf.methods.olora import OrthogonalityPenalty
 
-from ..conftest import lora, make_arguments, make_model, make_text_data, orthonormal
-from ..trainers.test_trainer import InterruptAt, InterruptionError, assert_same_files, get_stock_deltas, load_published
+from ..support.tiny import lora, make_arguments, make_model, make_text_data, orthonormal
+from ..support.trainers import InterruptAt, InterruptionError, assert_same_files, get_stock_deltas, load_published
 
 METHODS = get_args(get_type_hints(EBLoRAConfig)["method"])
 

@@ -23,9 +23,11 @@ from eblora_hf.adapters.composition import concatenate
 from eblora_hf.published import files, hub
 from eblora_hf.published.card import loading_code, render_card
 
-from ..conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
+from ..support import HUB_PORT
+from ..support.children import run_in_child
 from ..support.hub_server import TOKEN, HubServer
-from .test_sequence import append, new_sequence
+from ..support.sequences import append, new_sequence
+from ..support.tiny import accuracy, lora, make_arguments, make_model, make_text_data
 
 TASKS = ("one", "two", "three")
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence
 from eblora_hf.published import hub
 
-from ..conftest import HUB_PORT, accuracy, lora, make_arguments, make_model, make_text_data, run_in_child
+from ..support import HUB_PORT
+from ..support.children import run_in_child
 from ..support.hub_server import TOKEN, HubServer
+from ..support.tiny import accuracy, lora, make_arguments, make_model, make_text_data
 
 TASKS = ("one", "two", "three")
 

@@ -18,8 +18,7 @@ from peft import PeftModel
 
 from eblora_hf import EBLoRAConfig, PublishedSequence
 
-from ..conftest import HUB_PORT
-from ..support import scripts_data
+from ..support import HUB_PORT, scripts_data
 from ..support.hub_server import TOKEN, HubServer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

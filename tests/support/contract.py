@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from eblora_hf import ContinualEBLoRASeq2SeqTrainer, ContinualEBLoRATrainer, PublishedSequence
 from eblora_hf.adapters.layers import keep_differentiable
 
-from ..conftest import make_arguments
 from ..launch.fp16 import FP16OnCPU
 from .architectures import ARCHITECTURES, VOCABULARY, Architecture
+from .tiny import make_arguments
 
 FP16 = "fp16 with scaler"
 PRECISIONS = ["float32", "bf16 autocast", FP16, "bf16 weights", "8-bit base", "4-bit base"]

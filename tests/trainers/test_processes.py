@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from eblora_hf import PublishedSequence
 
-from ..conftest import make_model, make_text_data
+from ..support.tiny import make_model, make_text_data
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"DDP": {"processes": 2, "per_device": 4}, "FSDP2": {"processes": 2, "per_device": 4, "shard": True}}

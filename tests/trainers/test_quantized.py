@@ -10,9 +10,9 @@ from eblora_hf.adapters.layers import find_layers, keep_differentiable
 from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.published.identity import describe_base_model
 
-from ..conftest import lora, make_arguments
 from ..support.architectures import ARCHITECTURES
 from ..support.contract import load
+from ..support.tiny import lora, make_arguments
 
 LLAMA = ARCHITECTURES["Llama"]
 BITS = ["8-bit base", "4-bit base"]

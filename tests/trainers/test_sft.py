@@ -7,9 +7,9 @@ from trl import SFTConfig
 
 from eblora_hf import ContinualEBLoRASFTTrainer, EBLoRAConfig, PublishedSequence
 
-from ..conftest import lora, make_arguments
 from ..support.architectures import ARCHITECTURES
 from ..support.contract import tokenizer
+from ..support.tiny import lora, make_arguments
 
 LLAMA = ARCHITECTURES["Llama, SFT"]
 TEXT = Dataset.from_dict({"text": [f"w{4 + i} w{9 + i} w{20 + i} w7" for i in range(12)]})

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,48 +17,18 @@ from eblora_hf.adapters.layers import find_layers
 from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 
-from ..conftest import accuracy, lora, make_arguments, make_model, make_text_data
-
-CONFIG = {"exclude_modules": ["classifier"]}
-
-
-def make_trainer(folder, kind="bert", tasks=("one", "two"), cls=ContinualEBLoRATrainer, **overrides):
-    arguments = {key: overrides.pop(key) for key in list(overrides) if key in make_arguments(folder).to_dict()}
-    train = {name: make_text_data(kind, seed=i) for i, name in enumerate(tasks)}
-    defaults = {
-        "model": make_model(kind),
-        "args": make_arguments(folder, **arguments),
-        "peft_config": lora(**CONFIG) if kind == "bert" else lora(),
-        "train_dataset": train,
-    }
-    return cls(**(defaults | overrides))
-
-
-def load_published(folder):
-    """Everything a run leaves behind that must not depend on interruptions."""
-    files = {str(p.relative_to(folder)): load_file(p) for p in sorted(Path(folder).glob("tasks/*/*.safetensors"))}
-    return files | {"root": load_file(Path(folder) / "adapter_model.safetensors")}
-
-
-def assert_same_files(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].keys() == b[name].keys(), name
-        for key in a[name]:
-            assert torch.equal(a[name][key], b[name][key]), (name, key)
-
+from ..support.tiny import accuracy, lora, make_model, make_text_data
+from ..support.trainers import (
+    CONFIG,
+    InterruptAt,
+    InterruptionError,
+    assert_same_files,
+    get_stock_deltas,
+    load_published,
+    make_trainer,
+)
 
 # ---- learning a sequence ----
-
-
-def get_stock_deltas(kind, folder):
-    """ΔW of every layer as plain PEFT sees it, stored like the weight."""
-    model = PeftModel.from_pretrained(make_model(kind), folder)
-    return {
-        name: module.get_delta_weight("default").detach()
-        for name, module in model.get_base_model().named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
 
 
 def test_updates_are_balanced_and_avoid_the_bases(tmp_path):
@@ -326,19 +295,6 @@ def test_dropout_does_not_disturb_the_snapshot(tmp_path):
 
 
 # ---- interruptions ----
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAt(TrainerCallback):
-    def __init__(self, task: str, step: int):
-        self.task, self.step = task, step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.output_dir.endswith(self.task) and state.global_step == self.step:
-            raise InterruptionError
 
 
 @pytest.mark.parametrize("method", ["eblora", "lora"])

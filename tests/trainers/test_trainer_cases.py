@@ -13,8 +13,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from eblora_hf import ContinualEBLoRATrainer, ContinualMixin, EBLoRAConfig, PublishedSequence, Task, TaskSequence
 
-from ..conftest import accuracy, lora, make_arguments, make_model, make_text_data
-from .test_trainer import CONFIG, InterruptAt, InterruptionError, assert_same_files, load_published, make_trainer
+from ..support.tiny import accuracy, lora, make_arguments, make_model, make_text_data
+from ..support.trainers import CONFIG, InterruptAt, InterruptionError, assert_same_files, load_published, make_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
