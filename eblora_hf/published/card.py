@@ -62,8 +62,8 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
 
 def _template(name: str) -> str:
     """A template of the wheel, or of `model_cards/` in a source tree."""
-    packaged = Path(__file__).with_name("model_cards") / name
-    return (packaged if packaged.is_file() else Path(__file__).parents[1] / "model_cards" / name).read_text("utf-8")
+    packaged = Path(__file__).parents[1] / "model_cards" / name
+    return (packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / name).read_text("utf-8")
 
 
 def loading_code(sequence: PublishedSequence, repo_id: str) -> str:

@@ -104,7 +104,7 @@ def test_json_and_plot(tmp_path):
     save_results({"lora": a_result(), "eblora": a_result()}, 3, tmp_path / "results.json")
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["seed"] == 3
-    assert content["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["versions"]["torch"])  # builds for CUDA add to it
     assert set(content["methods"]["eblora"]) == {
         "MFN", "MAA", "BWT", "LA", "FWT", "base", "accuracy_matrix", "sigma_ratio",
     }  # fmt: skip
