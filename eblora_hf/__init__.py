@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from .published.hub import SequenceConflictError, load_sequence, push_sequence
     from .published.sequence import PublishedSequence
     from .trainers.callback import TaskSequenceCallback
+    from .trainers.continual import ContinualEBLoRATrainer, ContinualMixin
     from .trainers.seq2seq import ContinualEBLoRASeq2SeqTrainer
     from .trainers.sft import ContinualEBLoRASFTTrainer
-    from .trainers.trainer import ContinualEBLoRATrainer, ContinualMixin
 
 # imported at first use: `import eblora_hf` and `eblora --help` load neither torch nor transformers
 _MODULE_OF = {
     "ContinualEBLoRASFTTrainer": "trainers.sft",
     "ContinualEBLoRASeq2SeqTrainer": "trainers.seq2seq",
-    "ContinualEBLoRATrainer": "trainers.trainer",
+    "ContinualEBLoRATrainer": "trainers.continual",
     "ContinualMetrics": "metrics",
-    "ContinualMixin": "trainers.trainer",
+    "ContinualMixin": "trainers.continual",
     "EBLoRAConfig": "config",
     "PublishedSequence": "published.sequence",
     "SequenceConflictError": "published.hub",

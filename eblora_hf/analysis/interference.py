@@ -9,7 +9,7 @@ from ..adapters.composition import concatenate, heads_of, with_heads
 from ..memory.basis import check_gradient
 from ..published.hub import fetch_sequence
 from ..published.sequence import PublishedSequence
-from ..trainers.trainer import ContinualMixin
+from ..trainers.continual import ContinualMixin
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..adapters.spectra import mean_sigma_ratio
 from ..config import EBLoRAConfig
 from ..metrics import continual_metrics
-from ..trainers.trainer import ContinualEBLoRATrainer
+from ..trainers.continual import ContinualEBLoRATrainer
 from .digits import Digits
 from .transformations import PROTOCOL_TASKS, transformation
 

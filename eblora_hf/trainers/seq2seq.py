@@ -2,7 +2,7 @@
 
 from transformers import Seq2SeqTrainer
 
-from .trainer import ContinualMixin
+from .continual import ContinualMixin
 
 
 class ContinualEBLoRASeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):

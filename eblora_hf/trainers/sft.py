@@ -14,7 +14,7 @@ except ImportError as error:
 
 from ..config import TaskSequence
 from ..methods.base import Snapshot, Snapshots
-from .trainer import ContinualMixin
+from .continual import ContinualMixin
 
 
 class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):

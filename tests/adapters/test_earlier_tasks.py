@@ -12,7 +12,7 @@ from eblora_hf.adapters.composition import EARLIER_TASKS, compress, factors_of
 from eblora_hf.adapters.earlier_tasks import EarlierTasks
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.manifold import maps
-from eblora_hf.trainers import trainer as trainer_module
+from eblora_hf.trainers import continual as trainer_module
 
 from ..support.tiny import make_model, make_text_data, orthonormal
 from ..support.trainers import make_trainer
