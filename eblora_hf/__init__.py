@@ -1,6 +1,7 @@
 """Continual fine-tuning with `transformers.Trainer`: orthonormal, gradient-orthogonal LoRA that forgets less."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from .version import __version__
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
     from .published.hub import SequenceConflictError, load_sequence, push_sequence
     from .published.sequence import PublishedSequence
     from .trainers.callback import TaskSequenceCallback
-    from .trainers.continual import ContinualEBLoRATrainer, ContinualMixin
+    from .trainers.continual import ContinualMixin
     from .trainers.seq2seq import ContinualEBLoRASeq2SeqTrainer
     from .trainers.sft import ContinualEBLoRASFTTrainer
+    from .trainers.trainer import ContinualEBLoRATrainer
 
 # imported at first use: `import eblora_hf` and `eblora --help` load neither torch nor transformers
 _MODULE_OF = {
     "ContinualEBLoRASFTTrainer": "trainers.sft",
     "ContinualEBLoRASeq2SeqTrainer": "trainers.seq2seq",
-    "ContinualEBLoRATrainer": "trainers.continual",
+    "ContinualEBLoRATrainer": "trainers.trainer",
     "ContinualMetrics": "metrics",
     "ContinualMixin": "trainers.continual",
     "EBLoRAConfig": "config",
@@ -59,6 +61,10 @@ __all__ = [
     "push_sequence",
     "smooth_adapter",
 ]
+
+
+if importlib.util.find_spec("trl") is None:  # an extra: `from eblora_hf import *` works without it
+    __all__.remove("ContinualEBLoRASFTTrainer")
 
 
 def __getattr__(name: str):

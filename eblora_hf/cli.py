@@ -109,7 +109,7 @@ def _names(text: str) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     """Seeds from "0,1,2" or "0-4"."""
-    seeds = []
+    seeds: list[int] = []
     for part in _names(text):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):

@@ -4,7 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Optional, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin
+
+if TYPE_CHECKING:
+    Rate = float | str  # a number or "auto"
+else:
+    Rate = str  # what HfArgumentParser reads from a command line, where numbers are text
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -66,10 +71,10 @@ class EBLoRAConfig:
     method: Literal["eblora", "ebo", "lora", "olora", "keeplora", "inflora", "osf"] = dataclasses.field(
         default="eblora", metadata={"help": "Continual-learning method."}
     )
-    direction_lr: str = dataclasses.field(
+    direction_lr: Rate = dataclasses.field(
         default="auto", metadata={"help": "Dimensionless step of U and V, or 'auto' (25 / steps)."}
     )
-    scale_lr: str = dataclasses.field(
+    scale_lr: Rate = dataclasses.field(
         default="auto", metadata={"help": "Learning rate of the scales s, or 'auto' (1.2 / steps)."}
     )
     scale_weight_decay: float = dataclasses.field(default=0.0, metadata={"help": "Decoupled weight decay of s."})
@@ -183,7 +188,7 @@ class EBLoRAConfig:
         Raises:
             ValueError: for any other name.
         """
-        released = {
+        released: dict[str, Any] = {
             "basis_from": "gradients",
             "tangent": "canonical",
             "step_scaling": "rank",

@@ -307,7 +307,7 @@ def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
         for key in state.keys() & held.keys():
             scatter(state[key].to(held[key].device, held[key].dtype).unsqueeze(0), [held[key]])
     else:
-        unexpected = set_peft_model_state_dict(model, state, adapter_name=adapter).unexpected_keys
+        unexpected = set_peft_model_state_dict(model, dict(state), adapter_name=adapter).unexpected_keys
     if unexpected:
         raise ValueError(
             f"The adapter does not fit the model, which has no {', '.join(unexpected)}. Load the base "

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -32,7 +33,7 @@ class AdaptedLayer:
     """
 
     name: str
-    module: LoraLayer
+    module: Any  # PEFT's classes have no common type for what is used of them
     adapter: str
     depth: int | None
     num_blocks: int
@@ -93,7 +94,7 @@ def is_quantized(module: nn.Module) -> bool:
     return type(getattr(module, "weight", None)).__name__ in _QUANTIZED
 
 
-def _dequantized(module: nn.Module) -> torch.Tensor:
+def _dequantized(module: Any) -> torch.Tensor:
     """The weight of a bitsandbytes layer in floating point; PEFT's function for it loses the scales on a CPU."""
     weight = module.weight
     if type(weight).__name__ == "Params4bit":
@@ -109,6 +110,7 @@ def keep_differentiable(model: nn.Module) -> None:
     On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights for inference in the first evaluation, into a form that
     no gradient passes, and leaves them so. This undoes it and switches it off, or training would go wrong silently.
     """
+    module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False

@@ -74,7 +74,7 @@ def read_adapter(source: str | Path) -> Adapter:
         raise ValueError(f"{source}: {ADAPTER_CONFIG} is not a readable configuration ({error}).") from error
     if kind != "LORA":
         raise ValueError(f"{source} is a {kind} adapter, expected LORA: only LoRA has the update ΔW = γ B A.")
-    config = LoraConfig.from_pretrained(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     _check_config(config, source)
     if pickled:
         raise ValueError(

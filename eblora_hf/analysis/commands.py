@@ -3,8 +3,8 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
-from enum import Enum
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +19,14 @@ Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help=_ADAPTER)
 NewFolder = Annotated[Path, typer.Option(help="Folder for the new adapter.")]
 
 
-class Equal(str, Enum):
+class Equal(StrEnum):
     """What smoothing keeps of a layer's singular values."""
 
     sum = "sum"
     frobenius = "frobenius"
 
 
-class Smooth(str, Enum):
+class Smooth(StrEnum):
     """Smoothing before a merge."""
 
     none = "none"
@@ -34,7 +34,7 @@ class Smooth(str, Enum):
     frobenius = "frobenius"
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a model is for."""
 
     text_classification = "text-classification"
@@ -280,7 +280,7 @@ def _cells(spectrum: Any) -> tuple[str, str, str]:
     return f"{spectrum.top_energy:.3f}", f"{spectrum.effective_rank:.2f}", ratios
 
 
-def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 

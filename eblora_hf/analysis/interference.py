@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,7 +60,8 @@ def interference(gradients: dict[str, torch.Tensor], bases: dict[str, torch.Tens
         if basis.ndim != 2 or basis.shape[0] != gradient.shape[1]:
             raise ValueError(f"{name}: expected a basis ({gradient.shape[1]}, p), got shape {tuple(basis.shape)}.")
         share = ((gradient @ basis).square().sum() / gradient.square().sum()).item()
-        rows.append(LayerInterference(name, *basis.shape, min(share, 1.0)))  # F is orthonormal to its rounding only
+        d_in, columns = basis.shape
+        rows.append(LayerInterference(name, d_in, columns, min(share, 1.0)))  # F is orthonormal to its rounding only
     return rows
 
 
@@ -116,7 +118,7 @@ def interference_report(trainer: ContinualMixin) -> list[LayerInterference]:
     with with_heads(trainer.model, trainer.adapter, heads_of(earlier)):
         try:
             trainer.earlier_tasks.put(trainer.model, trainer.layers, earlier)
-            gradients = trainer.snapshot(trainer.tasks.tasks[0].train_dataset, seed)
+            gradients: Any = trainer.snapshot(trainer.tasks.tasks[0].train_dataset, seed)
         finally:
             trainer.earlier_tasks.take_off(trainer.model)
     return interference(gradients, bases)

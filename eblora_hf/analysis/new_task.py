@@ -10,7 +10,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithPaddin
 
 from ..config import EBLoRAConfig
 from ..published.hub import fetch_sequence
-from ..trainers.continual import ContinualEBLoRATrainer
+from ..trainers.trainer import ContinualEBLoRATrainer
 
 # kind: model class, and the columns that a data set needs
 KINDS = {

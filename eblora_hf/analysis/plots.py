@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.figure
+from matplotlib.ticker import MaxNLocator
 
 from ..adapters.spectra import Spectrum
 
@@ -20,7 +21,7 @@ def plot_spectra(spectra: dict[str, Spectrum], path: Path) -> None:
     axis.set_xlabel("i")
     axis.set_ylabel("σᵢ / σ₁, mean over layers")
     axis.set_ylim(0, 1.05)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 

@@ -1,5 +1,6 @@
 """What `eblora demo` does: one seed, a few methods, progress bars, tables, a plot and JSON."""
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +36,7 @@ def run(seed: int, methods: list[str], output: Path) -> dict[str, MethodResult]:
         for method in methods:
             total = 1 if method == "frozen" else STEPS_PER_TASK * len(PROTOCOL_TASKS)
             bar = progress.add_task(f"{method}: {len(PROTOCOL_TASKS)} tasks", total=total)
-            results[method] = run_method(method, model, splits, seed, advance=lambda bar=bar: progress.advance(bar))
+            results[method] = run_method(method, model, splits, seed, advance=partial(progress.advance, bar))
             progress.update(bar, completed=total)
     print_tables(console, results, PROTOCOL_TASKS)
     save_results(results, seed, output / "results.json")

@@ -29,7 +29,7 @@ class Digits:
 class DigitsDataset(TensorDataset):
     """Items `{"pixel_values", "labels"}` as a `Trainer` takes them."""
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:  # type: ignore[override]
         images, labels = super().__getitem__(index)
         return {"pixel_values": images, "labels": labels}
 
@@ -60,7 +60,7 @@ def load_digits(seed: int) -> dict[str, Digits]:
 
 def new_model() -> ViTForImageClassification:
     """The ViT of the protocol, randomly initialised."""
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]
         image_size=8,
         patch_size=4,
         num_channels=1,

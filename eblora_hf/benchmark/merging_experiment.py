@@ -131,7 +131,8 @@ class NormalisedAccuracy:
     def _accuracy(self, name: str, deltas: dict[str, torch.Tensor], weight: float) -> float:
         images, labels = self.data[name].tensors
         weights = {
-            f"{layer}.weight": self.base.get_submodule(layer).weight + weight * deltas[layer] for layer in deltas
+            f"{layer}.weight": self.base.get_parameter(f"{layer}.weight") + weight * delta
+            for layer, delta in deltas.items()
         }
         logits = torch.func.functional_call(self.base, weights, kwargs={"pixel_values": images}).logits
         return (logits.argmax(-1) == labels).double().mean().item()
@@ -158,6 +159,6 @@ def _train(base: nn.Module, data: DigitsDataset, name: str, seed: int) -> Adapte
         with tempfile.TemporaryDirectory() as folder:
             args = dataclasses.replace(training_arguments(folder, seed), **TUNING["lora"]["tuned"])
             trainer = train(copy.deepcopy(base), args, {name: data}, config=EBLoRAConfig(method="lora"))
-            return trainer.task_callback.sequence.adapters()[0]
+            return trainer.begun.sequence.adapters()[0]
     finally:
         logging.set_verbosity(verbosity)

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from .report import by_method
 
@@ -19,7 +20,7 @@ def plot_matrices(
     rows = -(-count // columns)
     figure = matplotlib.figure.Figure(figsize=(3.6 * columns + 0.8, 4.0 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    image = None
+    image: Any = None
     for axis, (method, matrix) in zip(axes.flat, matrices.items(), strict=False):
         image = axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
         for t, row in enumerate(matrix):
@@ -102,7 +103,7 @@ def _plot_spectra(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axis.set_ylim(0, 1.05)
     axis.set_xlabel("i")
     axis.set_ylabel("σᵢ/σ₁ of the trained updates, mean")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axis.lines:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)

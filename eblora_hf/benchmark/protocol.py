@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..adapters.spectra import mean_sigma_ratio
 from ..config import EBLoRAConfig
 from ..metrics import continual_metrics
-from ..trainers.continual import ContinualEBLoRATrainer
+from ..trainers.trainer import ContinualEBLoRATrainer
 from .digits import Digits
 from .transformations import PROTOCOL_TASKS, transformation
 
@@ -177,18 +177,18 @@ def train(
 
 def _continual(model, args, train_sets, test_sets, *, config, rank, advance) -> MethodResult:
     trainer = train(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
-    published = trainer.task_callback.sequence
+    published = trainer.begun.sequence
     base = published.tasks[-1].metrics[BASE]
     return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[:rank])
 
 
 def _joint(model, args, train_sets, test_sets, *, rank, advance) -> MethodResult:
     """One LoRA of the rank of all tasks together, on the data of all tasks together: the upper bound."""
-    together = {"joint": ConcatDataset(train_sets.values())}
+    together: dict[str, Dataset] = {"joint": ConcatDataset(train_sets.values())}
     measured_sets = test_sets | {"joint": test_sets[BASE]}  # every task of a sequence has an evaluation set
     config = EBLoRAConfig(method="lora")
     trainer = train(model, args, together, measured_sets, config=config, rank=rank, advance=advance)
-    published = trainer.task_callback.sequence
+    published = trainer.begun.sequence
     measured = published.tasks[-1].metrics
     row = [100.0 * measured[name] for name in train_sets]
     return MethodResult(

@@ -104,11 +104,12 @@ def paired_rows(lines: list[dict[str, Any]], reference: str) -> list[list[str]]:
     return rows
 
 
-def _mean_sd(values: list[float | None], sign: str = "") -> str:
-    if any(value is None for value in values):
+def _mean_sd(values: Sequence[float | None], sign: str = "") -> str:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         return ""
-    mean = f"{np.mean(values):{sign}.1f}"
-    return f"{mean}±{np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+    mean = f"{np.mean(numbers):{sign}.1f}"
+    return f"{mean}±{np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else mean
 
 
 def markdown(lines: list[dict[str, Any]], reference: str) -> str:

@@ -155,9 +155,12 @@ def _key(result: dict[str, Any]) -> str:
 def _die_with_parent() -> None:
     """A killed benchmark leaves no processes behind."""
     parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("This is not the process of a pool.")
+    sentinel = parent.sentinel
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -270,7 +270,8 @@ class StiefelConstraint(StepHooks):
 
     def factors(self) -> dict[str, Factors]:
         """The current factors by layer name; U and V are views of the masters."""
-        u, v = {}, {}
+        u: dict[int, torch.Tensor] = {}
+        v: dict[int, torch.Tensor] = {}
         for stack in self._stacks:
             (v if stack.is_v else u).update(zip(stack.layers, stack.x, strict=True))
         return {
@@ -287,7 +288,7 @@ class StiefelConstraint(StepHooks):
         """
         What a checkpoint needs beside the adapter and the optimizer: U, V, s and the moments of s, by layer name.
         """
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for (name, factors), scale in zip(self.factors().items(), self.scales, strict=True):
             state |= {f"{name}.U": factors.U, f"{name}.V": factors.V, f"{name}.s": scale.detach()}
             state |= {f"{name}.s.{key}": value for key, value in self._scale_optimizer.state[scale].items()}

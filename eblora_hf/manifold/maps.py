@@ -7,6 +7,7 @@ r)` and `basis` an orthonormal basis F `(..., d, p)` of the directions to avoid,
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -149,25 +150,14 @@ def factor_deviation(x: torch.Tensor, basis: torch.Tensor | None = None) -> tupl
 
 def multiplies_exactly() -> bool:
     """Whether products of float32 matrices are taken in float32 at present, and not in TF32 or bf16."""
-    backends = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    if not hasattr(backends[1], "fp32_precision"):  # torch < 2.9
-        return torch.get_float32_matmul_precision() == "highest"
+    backends = [torch.backends, *_matmul_backends()]
     return all(getattr(backend, "fp32_precision", "none") in ("ieee", "none") for backend in backends)
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Runs matrix products in true float32: TF32 keeps 10 bits of mantissa, orthonormality to 1e-3 only."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    if not backends:  # torch < 2.9 has one switch for all backends
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
+    backends = _matmul_backends()
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -176,3 +166,23 @@ def full_precision() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def _matmul_backends() -> list[Any]:
+    backends: Any = torch.backends  # whose types do not tell of these
+    return [backends.cuda.matmul, backends.mkldnn.matmul]
+
+
+@contextlib.contextmanager
+def flushed_denormals(device: torch.device) -> Iterator[None]:
+    """
+    On a CPU, rounds denormal numbers to zero: moments of directions that are projected out decay into them, and they
+    slow it several times.
+    """
+    already = (torch.tensor(1e-38) * 0.1).item() == 0.0
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(already)

@@ -21,12 +21,12 @@ class ShardedStack(FactorStack):
         """The parameters have memory of their own."""
 
     def take_gradients(self, rows: slice) -> torch.Tensor:
-        gathered = gather([parameter.grad for parameter in self.parameters[rows]])
+        gathered = gather(self.gradients_of(rows))
         self.gradients[rows].copy_(self._tall(gathered))
         return self.gradients[rows]
 
     def give_gradients(self, rows: slice) -> None:
-        scatter(self._tall(self.gradients[rows]), [parameter.grad for parameter in self.parameters[rows]])
+        scatter(self._tall(self.gradients[rows]), self.gradients_of(rows))
 
     def take_values(self, rows: slice) -> torch.Tensor:
         self.values[rows].copy_(self._tall(gather(self.parameters[rows])))

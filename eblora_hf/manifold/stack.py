@@ -52,13 +52,15 @@ class FactorStack:
     ):
         self.parameters, self.layers, self.is_v, self.step_factor = parameters, layers, is_v, step_factor
         self.x = self._tall(torch.stack([x.mT if is_v else x for x in masters]))
-        self.basis = None
+        self.basis: torch.Tensor | None = None
+        restrictions: list[torch.Tensor | None] = [None] * len(masters)
         if bases is not None:
             widths = [basis.shape[1] for basis in bases]
             rows = self.x.new_zeros(len(bases), max(widths), self.x.shape[1])
             for row, width, basis in zip(rows, widths, bases, strict=True):
                 row[:width].copy_(basis.mT)
             self.basis = rows.mT
+            restrictions = [basis[:, :width] for basis, width in zip(rows.mT, widths, strict=True)]
         values = gather([parameter.detach() for parameter in parameters])
         gradients = torch.zeros_like(values)
         self.values, self.gradients = self._tall(values), self._tall(gradients)
@@ -67,9 +69,6 @@ class FactorStack:
         # goes through the optimizer's step as zero instead
         self.lends_masters = values.dtype == self.x.dtype
         atol = 100 * torch.finfo(self.x.dtype).eps
-        restrictions = [None] * len(masters)
-        if bases is not None:
-            restrictions = [basis[:, :width] for basis, width in zip(self.basis, widths, strict=True)]
         self.exact_bases = all(basis is None or maps.check_factor(basis, atol=atol) for basis in restrictions)
         self.on_manifold = list(map(partial(maps.check_factor, atol=atol), self.x, restrictions))
         self.scales = []
@@ -112,10 +111,14 @@ class FactorStack:
             if parameter.data_ptr() == row.data_ptr():
                 parameter.data = row.clone()
 
+    def gradients_of(self, rows: slice) -> list[torch.Tensor]:
+        """The gradients of some parameters that have one, as [`active`] gives them."""
+        return [parameter.grad for parameter in self.parameters[rows] if parameter.grad is not None]
+
     def take_gradients(self, rows: slice) -> torch.Tensor:
         """Moves the gradients of some parameters into `gradients` and returns that slice of it."""
         targets = self._gradient_rows[rows]
-        sources = [parameter.grad for parameter in self.parameters[rows]]
+        sources = self.gradients_of(rows)
         # after zero_grad(set_to_none=False) backward has accumulated in our own memory
         moved = [i for i, source in enumerate(sources) if source is not targets[i]]
         if moved:

@@ -1,6 +1,7 @@
 """What a method does around each step of any torch optimizer, through the optimizer's own hooks."""
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..adapters.factors import Factors
 from .optimizers import plain_optimizer
@@ -22,7 +23,7 @@ class StepHooks:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = plain_optimizer(optimizer)
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         self._under_way = False
 
     def attach(self) -> None:

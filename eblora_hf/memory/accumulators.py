@@ -33,13 +33,13 @@ class Storage:
         """For a sum of matrices `(d_out, d_in)`."""
         if self.sketch is None or 3 * self.sketch + _CHECKS >= min(d_out, d_in):
             return MatrixSum(self, d_out, d_in)
-        return MatrixSketch(self, d_out, d_in)
+        return MatrixSketch(self, self.sketch, d_out, d_in)
 
     def moment(self, d_in: int) -> "MomentSum | MomentSketch":
         """For a sum of outer products of rows `(d_in,)`."""
         if self.sketch is None or self.sketch >= d_in // 2:
             return MomentSum(self, d_in)
-        return MomentSketch(self, d_in)
+        return MomentSketch(self, self.sketch, d_in)
 
 
 class MatrixSum:
@@ -69,7 +69,7 @@ class MatrixSum:
         return self._sum is None
 
     def mean(self, count: float) -> torch.Tensor:
-        return self._sum.div_(count)
+        return _seen(self._sum).div_(count)
 
 
 class MatrixSketch:
@@ -79,31 +79,28 @@ class MatrixSketch:
     With Q an orthonormal basis of M Ω, M ≈ Q (Ψ Q)⁺ Ψ M.
     """
 
-    def __init__(self, storage: Storage, d_out: int, d_in: int):
-        self._storage, self._shape = storage, (d_out, d_in)
+    def __init__(self, storage: Storage, columns: int, d_out: int, d_in: int):
+        self._storage, self._k, self._shape = storage, columns, (d_out, d_in)
         self._right: torch.Tensor | None = None
 
     def add(self, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:
         """Adds `weight` times LᵀR, which is never formed."""
-        if self._right is None:
-            self._start(right)
-        for total, part in (
-            (self._right, (self._psi @ left.mT) @ right),
-            (self._left, left.mT @ (right @ self._omega)),
-        ):
+        totals = self.tensors(right)
+        parts = ((self._psi @ left.mT) @ right, left.mT @ (right @ self._omega))
+        for total, part in zip(totals, parts, strict=True):
             total.add_(part.to(total.device), alpha=weight)
 
-    def _start(self, like: torch.Tensor) -> None:
-        (d_out, d_in), k = self._shape, self._storage.sketch
+    def _start(self, like: torch.Tensor) -> torch.Tensor:
+        (d_out, d_in), k = self._shape, self._k
         dtype, device = torch.promote_types(like.dtype, torch.float32), self._storage.device(like)
         self._omega = _gaussian(d_in, k, like.device, dtype)
         self._psi = _gaussian(d_out, 3 * k + _CHECKS, like.device, dtype, seed=1).mT  # the last rows are Φ
-        self._right = torch.zeros(3 * k + _CHECKS, d_in, dtype=dtype, device=device)
         self._left = torch.zeros(d_out, k, dtype=dtype, device=device)
+        return torch.zeros(3 * k + _CHECKS, d_in, dtype=dtype, device=device)
 
     def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
         if self._right is None:
-            self._start(like)
+            self._right = self._start(like)
         return [self._right, self._left]
 
     @property
@@ -112,8 +109,8 @@ class MatrixSketch:
 
     def mean(self, count: float) -> Sketch:
         device = self._psi.device
-        right, left = self._right.to(device) / count, self._left.to(device)
-        seen = 3 * self._storage.sketch
+        right, left = _seen(self._right).to(device) / count, self._left.to(device)
+        seen = 3 * self._k
         q = torch.linalg.qr(left).Q
         matrix = torch.linalg.lstsq(self._psi[:seen] @ q, right[:seen]).solution  # (k, d_in)
         return Sketch(matrix, left=q, checks=right[seen:])
@@ -141,7 +138,7 @@ class MomentSum:
         return [self._sum]
 
     def mean(self, count: float) -> torch.Tensor:
-        return self._sum.div_(count)
+        return _seen(self._sum).div_(count)
 
 
 class MomentSketch:
@@ -152,8 +149,8 @@ class MomentSketch:
     has in K, so that a basis chosen from it, measured against the exact trace, holds at least what it seems to hold.
     """
 
-    def __init__(self, storage: Storage, d_in: int):
-        self._storage, self._d_in = storage, d_in
+    def __init__(self, storage: Storage, columns: int, d_in: int):
+        self._storage, self._k, self._d_in = storage, columns, d_in
         self._product: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
@@ -164,25 +161,32 @@ class MomentSketch:
     def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
         if self._product is None:
             dtype, device = torch.promote_types(like.dtype, torch.float32), self._storage.device(like)
-            omega = _gaussian(self._d_in, self._storage.sketch, torch.device("cpu"), torch.float64)
+            omega = _gaussian(self._d_in, self._k, torch.device("cpu"), torch.float64)
             self._omega = torch.linalg.qr(omega).Q.to(like.device, dtype)
-            self._product = torch.zeros(self._d_in, self._storage.sketch, dtype=dtype, device=device)
+            self._product = torch.zeros(self._d_in, self._k, dtype=dtype, device=device)
             self._trace = torch.zeros((), dtype=torch.float64, device=device)
         return [self._product, self._trace]
 
     def mean(self, count: float) -> Sketch:
+        dtype = _seen(self._product).dtype
         omega = self._omega.double()
-        product = self._product.to(omega.device).double() / count
+        product = _seen(self._product).to(omega.device).double() / count
         # shifted by the rounding of the sums, without which the small matrix need not be positive
-        shift = torch.finfo(self._product.dtype).eps * product.norm() * product.shape[1] ** 0.5
+        shift = torch.finfo(dtype).eps * product.norm() * product.shape[1] ** 0.5
         product = product + shift * omega
         small = omega.mT @ product
         root = torch.linalg.cholesky((small + small.mT) / 2)
         factor = torch.linalg.solve_triangular(root, product.mT, upper=False).mT  # factor factorᵀ = K + shift
         left, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
         energies = (sigma.square() - shift).clamp_min(0.0)
-        matrix = (left * energies.sqrt()).mT.to(self._product.dtype)
+        matrix = (left * energies.sqrt()).mT.to(dtype)
         return Sketch(matrix, energy=self._trace.item() / count)
+
+
+def _seen(total: torch.Tensor | None) -> torch.Tensor:
+    if total is None:
+        raise ValueError("There is no mean of nothing: no sample was added.")
+    return total
 
 
 def _gaussian(rows: int, columns: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -58,11 +58,13 @@ def extend_basis_from_sketch(
             sketch.matrix, basis, threshold=threshold, max_columns=max_columns, total=sketch.energy, name=name
         )
     else:
-        aim, extension = threshold, None
-        while extension is None or (extension.captured < threshold and not extension.capped and 1.0 - aim > 1e-5):
+        aim = threshold
+        while True:
             found = extend_basis(sketch.matrix, basis, threshold=aim, max_columns=max_columns, name=name)
             extension = BasisExtension(found.columns, _captured(sketch.checks, basis, found.columns), found.capped)
             aim = 1.0 - (1.0 - aim) / 2.0
+            if extension.captured >= threshold or extension.capped or 1.0 - aim <= 1e-5:
+                break
     if extension.captured < threshold and not extension.capped:
         raise ValueError(
             f"{name}: a sketch of {len(sketch.matrix)} directions holds {extension.captured:.2%} of the energy for "

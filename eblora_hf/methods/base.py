@@ -105,7 +105,7 @@ class Method:
         """The extension of a layer's basis by GPM's energy rule, within the cap of the configuration."""
         columns = 0 if basis is None else basis.shape[1]
         cap = column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction)
-        options = {"threshold": self.energy_threshold, "max_columns": cap, "name": layer.name}
+        options: Any = {"threshold": self.energy_threshold, "max_columns": cap, "name": layer.name}
         if isinstance(matrix, Sketch):
             return extend_basis_from_sketch(matrix, basis, **options)
         return extend_basis(

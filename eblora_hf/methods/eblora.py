@@ -69,18 +69,15 @@ class EBLoRA(Method):
         num_training_steps: int,
     ) -> StiefelConstraint:
         config = self.config
-        direction_lr, scale_lr = config.direction_lr, config.scale_lr
-        if direction_lr == "auto":
-            direction_lr = min(_DIRECTION_TRAVEL / num_training_steps, _MAX_DIRECTION_LR)
-        if scale_lr == "auto":
-            scale_lr = min(_SCALE_TRAVEL / num_training_steps, _MAX_SCALE_LR)
+        direction_lr = min(_DIRECTION_TRAVEL / num_training_steps, _MAX_DIRECTION_LR)
+        scale_lr = min(_SCALE_TRAVEL / num_training_steps, _MAX_SCALE_LR)
         return StiefelConstraint(
             optimizer,
             layers,
             start,
             bases,
-            direction_lr=direction_lr,
-            scale_lr=scale_lr,
+            direction_lr=direction_lr if config.direction_lr == "auto" else float(config.direction_lr),
+            scale_lr=scale_lr if config.scale_lr == "auto" else float(config.scale_lr),
             step_scaling=config.step_scaling,
             step_constant=config.step_constant,
             tangent=config.tangent,

@@ -3,7 +3,7 @@
 from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
 from ..memory.basis import BasisExtension
-from .base import Tensors
+from .base import Snapshots, Tensors
 from .eblora import EBLoRA
 
 
@@ -14,5 +14,5 @@ class EBO(EBLoRA):
         super().__init__(config)
         self.remembers = None
 
-    def end_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, BasisExtension]:
+    def end_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, BasisExtension]:
         return {}

@@ -1,5 +1,7 @@
 """KeepLoRA (ICLR 2026): frozen lora_A outside what earlier tasks and the pre-trained weights use, lora_B trained."""
 
+from dataclasses import replace
+
 import torch
 
 from ..adapters.layers import AdaptedLayer
@@ -11,7 +13,7 @@ from ..memory.basis import (
     orthonormalize_against,
     principal_weight_directions,
 )
-from .base import Method, Snapshots, Tensors
+from .base import Method, Snapshot, Snapshots, Tensors
 
 _HELD = 1e-3  # what is left of a direction outside a basis that holds it, with room for bases stored in bf16
 
@@ -29,7 +31,7 @@ class KeepLoRA(Method):
 
     trains_lora_A = False
     merges_earlier_tasks = False  # it looks at the pre-trained weights
-    starts_from = "gradients"
+    starts_from: Snapshot | None = "gradients"
 
     def __init__(self, config: EBLoRAConfig):
         super().__init__(config)
@@ -47,8 +49,10 @@ class KeepLoRA(Method):
         for layer in layers:
             missing = self._missing(layer, bases.get(layer.name))
             extension = self.extend(layer, snapshot[layer.name], _joined(bases.get(layer.name), missing))
-            columns = _joined(missing, extension.columns)  # the first task brings the principal directions along
-            extensions[layer.name] = BasisExtension(columns, extension.captured, extension.capped)
+            if missing is not None:  # the first task brings the principal directions along
+                columns = torch.cat([missing.to(extension.columns), extension.columns], dim=1)
+                extension = replace(extension, columns=columns)
+            extensions[layer.name] = extension
         return extensions
 
     def _missing(self, layer: AdaptedLayer, basis: torch.Tensor | None) -> torch.Tensor | None:

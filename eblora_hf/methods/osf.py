@@ -10,7 +10,7 @@ from ..adapters.factors import STATE_FILE, decompose_product
 from ..adapters.layers import AdaptedLayer
 from ..manifold.maps import full_precision, restrict
 from ..manifold.step_hooks import StepHooks
-from .base import Method, Tensors
+from .base import Method, Snapshots, Tensors
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class OSF(Method):
             ranks[layer.name] = len(sigma) - _count(sigma, self.config.weight_energy, len(sigma) - 1)
         return ranks
 
-    def begin_task(self, layers: list[AdaptedLayer], snapshot: Tensors, bases: Tensors) -> dict[str, Protected]:
+    def begin_task(self, layers: list[AdaptedLayer], snapshot: Snapshots, bases: Tensors) -> dict[str, Protected]:
         protected = {}
         for layer in layers:
             left, _, right = torch.linalg.svd(current_weight(layer), full_matrices=False)

@@ -73,9 +73,12 @@ def push_sequence(
     api, branch = HfApi(token=token), revision or "main"
     repo_id = check_remote(sequence, repo_id, token=token, private=private, revision=revision)
     head, remote = _remote_state(api, repo_id, branch)
-    where = {True: "included", False: "withheld", None: remote.bases if remote else "included"}.get(
-        push_bases, push_bases
-    )
+    if isinstance(push_bases, str):
+        where = push_bases
+    elif push_bases is None:
+        where = remote.bases if remote else "included"
+    else:
+        where = "included" if push_bases else "withheld"
     if remote is not None and remote.bases != where:
         raise ValueError(
             f"The bases of the sequence in {repo_id} are {remote.bases!r}, not {where!r} as "
@@ -89,7 +92,7 @@ def push_sequence(
     for count in range(len(remote.tasks if remote else []) + 1, len(sequence.tasks) + 1):
         task = sequence.tasks[count - 1]
         so_far = PublishedSequence(sequence.folder, sequence.base_model, sequence.tasks[:count], bases=where)
-        files = {
+        files: dict[str, bytes | Path] = {
             name: sequence.folder / name for name in task.files if where == "included" or not name.endswith(SUBSPACE)
         }
         files |= so_far.state_after(count)
@@ -321,11 +324,16 @@ def _is_transient(error: BaseException) -> bool:
     return any(cls.__name__ == "TransportError" for cls in type(error).__mro__)
 
 
+def _say_that_it_is_tried_again(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome is not None else None
+    logger.warning(f"The Hub failed ({error}); trying again.")
+
+
 _retry = tenacity.Retrying(
     retry=tenacity.retry_if_exception(_is_transient),
     wait=tenacity.wait_random_exponential(multiplier=1, max=30),
     stop=tenacity.stop_after_attempt(6),
-    before_sleep=lambda state: logger.warning(f"The Hub failed ({state.outcome.exception()}); trying again."),
+    before_sleep=_say_that_it_is_tried_again,
     reraise=True,
 )
 

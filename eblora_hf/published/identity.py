@@ -29,7 +29,8 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[s
     config = getattr(model, "config", None)
     revision = getattr(config, "_commit_hash", None)
     labels = getattr(config, "num_labels", None) if type(model).__name__.endswith("Classification") else None
-    shapes, values = [], hashlib.sha256()
+    shapes: list[tuple[str, list[int]]] = []
+    values: Any = hashlib.sha256()  # None once a weight cannot be compared
     packed = {  # quantized weights are stored in another shape
         f"{name}.weight": [module.out_features, module.in_features]
         for name, module in model.named_modules()

@@ -188,7 +188,7 @@ class PublishedSequence:
 
     def config(self) -> LoraConfig:
         """The configuration of the newest task's adapter, folded."""
-        return LoraConfig.from_pretrained(self.folder / self.tasks[-1].folder)
+        return LoraConfig.from_pretrained(str(self.folder / self.tasks[-1].folder))
 
     def bases(self) -> dict[str, torch.Tensor]:
         """
@@ -261,7 +261,7 @@ class PublishedSequence:
         record = TaskRecord(
             name=name,
             folder=folder,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             rank=task_config.r,
             steps=steps,
             metrics=metrics,
@@ -287,7 +287,7 @@ class PublishedSequence:
         """
         tasks = self.tasks[:count]
         adapter = concatenate(self.adapters([task.name for task in tasks]))
-        config = folded_config(LoraConfig.from_pretrained(self.folder / tasks[-1].folder), adapter)
+        config = folded_config(LoraConfig.from_pretrained(str(self.folder / tasks[-1].folder)), adapter)
         root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(self._config_dict(config))}
         index = {
             "format_version": FORMAT_VERSION,

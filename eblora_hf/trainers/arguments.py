@@ -4,6 +4,7 @@ learnt.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,15 @@ import datasets
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..adapters.layers import AdaptedLayer, is_quantized
 from ..config import Task, TaskSequence
 from ..manifold.optimizers import check_optimizer, plain_optimizer
 from .fsdp import unsupported_launcher
+
+# what turns raw inputs into a model's, as `processing_class` takes it
+Processing = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
 # what PEFT adds to `modules_to_save`
 _HEADS = {
@@ -23,6 +28,29 @@ _HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+
+
+def by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Constructor arguments by the names of the class after `mixin` that spells them out.
+
+    Args:
+        cls (`type`): A trainer class.
+        mixin (`type`): The class among its bases that takes whatever the next one takes.
+        args (`tuple`), kwargs (`dict`): What it was called with.
+
+    Raises:
+        TypeError: if an argument is given twice, or there are too many.
+    """
+    for following in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:
+        names = inspect.signature(vars(following)["__init__"]).parameters if "__init__" in vars(following) else {}
+        if names and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in names.values()):
+            named = dict(zip(list(names)[1:], args, strict=False))
+            twice = named.keys() & kwargs.keys()
+            if len(args) >= len(names) or twice:
+                raise TypeError(f"{cls.__name__} got too many arguments, or twice: {', '.join(twice)}.")
+            return named | kwargs
+    raise TypeError(f"{cls.__name__} has no trainer class after {mixin.__name__}.")
 
 
 def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:

@@ -43,7 +43,7 @@ class TaskSequenceCallback(TrainerCallback):
     ):
         self.sequence, self.basis_dtype = sequence, basis_dtype
         self.bases = sequence.bases() if keeps_bases else {}
-        self.task_name: str | None = None
+        self.task_name: str | None = None  # while one is learnt
 
     def begin_task(self, name: str) -> None:
         self.task_name = name
@@ -82,7 +82,7 @@ class TaskSequenceCallback(TrainerCallback):
             name: dataclasses.replace(extension, columns=extension.columns.to("cpu", self.basis_dtype))
             for name, extension in extensions.items()
         }
-        if write:
+        if write and self.task_name is not None:
             self.sequence.append(
                 self.task_name, adapter, config, extensions, steps=steps, metrics=metrics, training=training
             )
@@ -96,7 +96,8 @@ class TaskSequenceCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.task_name is not None and state.log_history:
-            state.log_history[-1]["task"] = self.task_name
+            entry: dict[str, Any] = state.log_history[-1]
+            entry["task"] = self.task_name
 
 
 def training_record(

@@ -1,7 +1,6 @@
 """The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,58 +9,30 @@ import datasets
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
+from transformers.trainer_utils import find_executable_batch_size
 
 from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
 from ..adapters.factors import load_state, save_state
-from ..adapters.layers import AdaptedLayer
 from ..adapters.sharding import whole
-from ..config import EBLoRAConfig
 from ..manifold.optimizers import plain_optimizer
-from ..manifold.step_hooks import StepHooks
-from ..memory.accumulators import Storage
-from ..memory.gradients import mean_gradients, share_batches, snapshot_indices
-from ..memory.moments import feature_moments, token_gradient_moments
-from ..methods.base import Method, Snapshot, Snapshots
-from ..published.files import json_bytes, write
+from ..methods.base import Snapshot, Snapshots
+from .checkpoints import check_checkpoint, write_method
 from .fsdp import ShardedMixin
-
-METHOD_FILE = "eblora_method.json"  # beside each checkpoint
-_COLLECTORS = {
-    "gradients": mean_gradients,
-    "token-gradients": token_gradient_moments,
-    "features": feature_moments,
-}
+from .snapshots import take_snapshot
 
 
 class ConstrainedMixin(ShardedMixin):
     """
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
     allows.
-
-    Attributes:
-        eblora_config ([`EBLoRAConfig`]): The options.
-        method ([`Method`]): What constrains the steps, if anything.
-        adapter (`str`): Name of the adapter that is trained.
-        layers (`list[AdaptedLayer]`): The layers whose adapter is trained.
-        bases (`dict[str, torch.Tensor]`): Per layer name the basis of earlier tasks, `(d_in, p)`.
-        constraint ([`StepHooks`], *optional*): What acts around the steps, from the creation of the scheduler on.
     """
-
-    eblora_config: EBLoRAConfig
-    method: Method
-    adapter: str
-    layers: list[AdaptedLayer]
-    bases: dict[str, torch.Tensor]
-    constraint: StepHooks | None = None
 
     def start_from(self, start: dict[str, Any]) -> None:
         """Sets what the method's constraint of the next training starts from, and lets go of the one before."""
         if self.constraint is not None:
             self.constraint.detach()
-        self.constraint, self._start, self._state = None, start, None
+        self.constraint, self._start = None, start
+        self._state: dict[str, torch.Tensor] | None = None
 
     def start_tensors(self) -> dict[str, torch.Tensor]:
         """What the task starts from: its adapter, and what the constraint is given."""
@@ -87,46 +58,33 @@ class ConstrainedMixin(ShardedMixin):
         if of is None:
             return {}
         take = find_executable_batch_size(  # as the parent's training does
-            lambda batch_size: self._snapshot(dataset, seed, of, batch_size),
+            lambda batch_size: take_snapshot(
+                self.model,
+                self.layers,
+                of,
+                samples=len(dataset),
+                load=lambda batches: self._inputs(dataset, batches),
+                loss=self._snapshot_loss,
+                config=self.eblora_config,
+                seed=seed,
+                batch_size=batch_size,
+                process_index=self.args.process_index,
+                world_size=self.args.world_size,
+            ),
             starting_batch_size=self._train_batch_size,
             auto_find_batch_size=self.args.auto_find_batch_size,
         )
         return take()
 
-    def _snapshot(self, dataset: Any, seed: int, of: Snapshot, batch_size: int) -> Snapshots:
-        config = self.eblora_config
-        even = config.snapshot_sampling == "even"
-        indices = snapshot_indices(len(dataset), config.snapshot_fraction, None if even else seed)
-        shares = share_batches(indices, batch_size, self.args.process_index, self.args.world_size)
-        loader = self._snapshot_loader(dataset, [samples for samples, _ in shares])
+    def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
+        # a user's loss function is promised the number of items; models take their own mean without it
+        count = self._get_num_items_in_batch([inputs], self.args.device) if self.compute_loss_func else None
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         bf16 = self.accelerator.mixed_precision == "bf16"
-        precision = self.accelerator.autocast if bf16 else contextlib.nullcontext
-        storage = Storage(config.snapshot_offload, config.snapshot_sketch)
-        pretrained = self.model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
+        with self.accelerator.autocast() if bf16 else contextlib.nullcontext():
+            return self.compute_loss(model, inputs, num_items_in_batch=count)
 
-        def loss(model: PeftModel, inputs: dict) -> torch.Tensor:
-            # a user's loss function is promised the number of items; models take their own mean without it
-            count = self._get_num_items_in_batch([inputs], self.args.device) if self.compute_loss_func else None
-            with precision():
-                return self.compute_loss(model, inputs, num_items_in_batch=count)
-
-        def batches() -> Iterator[tuple[dict, int]]:
-            for inputs, (_, weight) in zip(loader, shares, strict=True):
-                yield self._prepare_inputs(inputs), weight
-
-        training = self.model.training
-        self.model.eval()  # without dropout
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # the module itself, not its children: it checkpoints in training mode alone
-        try:
-            with pretrained():
-                return _COLLECTORS[of](self.model, self.layers, batches(), loss, storage)
-        finally:
-            self.model.train(training)
-
-    def _snapshot_loader(self, dataset: Any, batches: list[list[int]]) -> DataLoader:
+    def _inputs(self, dataset: Any, batches: list[list[int]]) -> Iterator[dict]:
         """The given batches of a data set, through the trainer's collator; accelerate would deal them out again."""
         collator = self.data_collator
         if isinstance(dataset, datasets.Dataset):
@@ -134,7 +92,8 @@ class ConstrainedMixin(ShardedMixin):
         else:
             collator = self._get_collator_with_removed_columns(collator, description="Snapshot")
         workers = self.args.dataloader_num_workers
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=workers)
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=workers)
+        return map(self._prepare_inputs, loader)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""
@@ -161,11 +120,12 @@ class ConstrainedMixin(ShardedMixin):
         if self.method.constrained:
             if self.constraint is not None:  # a second attempt with a smaller batch (`auto_find_batch_size`)
                 self.constraint.detach()
-            self.constraint = self.method.constrain(
+            constraint = self.method.constrain(
                 self.optimizer, self.layers, self._start, self.bases, num_training_steps
             )
-            if self._state is not None:
-                self.constraint.load_state_dict(self._state)
+            if constraint is not None and self._state is not None:
+                constraint.load_state_dict(self._state)
+            self.constraint = constraint
         return scheduler
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -201,7 +161,7 @@ class ConstrainedMixin(ShardedMixin):
         if self.constraint is not None and self.is_in_train and self.args.should_save:
             save_state(self.constraint.state_dict(), output_dir or self.args.output_dir)
         if self.is_in_train and self.args.should_save:
-            write(Path(output_dir or self.args.output_dir) / METHOD_FILE, json_bytes(self.eblora_config.method))
+            write_method(output_dir or self.args.output_dir, self.eblora_config.method)
 
     def resume_from(self, checkpoint: str) -> None:
         """
@@ -211,22 +171,12 @@ class ConstrainedMixin(ShardedMixin):
             FileNotFoundError: if a file of the checkpoint is missing; the message names it.
             ValueError: if the checkpoint is of another method, or damaged.
         """
-        folder = Path(checkpoint)
-        for name in () if self.args.save_only_model else (OPTIMIZER_NAME, SCHEDULER_NAME):
-            # FSDP2 has names of its own for the optimizer
-            if not any(folder.glob("optimizer*" if self.is_fsdp_enabled and name == OPTIMIZER_NAME else name)):
-                raise FileNotFoundError(
-                    f"{name} is missing in {checkpoint}: the training would go on with a fresh "
-                    "optimizer. Delete the folder and resume from an earlier checkpoint."
-                )
-        path = folder / METHOD_FILE
-        method = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self.eblora_config.method
-        if method != self.eblora_config.method:
-            raise ValueError(
-                f"{checkpoint} was trained with the method {method!r}, not with "
-                f"{self.eblora_config.method!r}. Resume with that method, or delete the folder to start the task "
-                "again."
-            )
+        check_checkpoint(
+            checkpoint,
+            self.eblora_config.method,
+            with_optimizer=not self.args.save_only_model,
+            sharded=self.is_fsdp_enabled,
+        )
         if self.method.constrained:
             state = load_state(checkpoint)
             self.start_from(self.method.resume(self.layers, state))
@@ -240,28 +190,7 @@ class ConstrainedMixin(ShardedMixin):
         super()._load_best_model()
         if self.adapter != "default" and not self.is_fsdp_enabled:
             # PEFT saves it in a sub-folder, where the parent does not look
-            self.model.load_adapter(str(Path(self.state.best_model_checkpoint) / self.adapter), self.adapter)
+            self.model.load_adapter(str(Path(str(self.state.best_model_checkpoint)) / self.adapter), self.adapter)
         activate(self.model, self.adapter)
         if self.constraint is not None:
-            self.constraint.load_state_dict(load_state(self.state.best_model_checkpoint))
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """
-    The newest checkpoint in a folder that was written to its end: `trainer_state.json`, written last, can be read.
-
-    `transformers.trainer_utils.get_last_checkpoint` also returns those a killed process left half-written.
-    """
-    numbered = {}
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdecimal():
-            numbered[int(number)] = path
-    for number in sorted(numbered, reverse=True):
-        try:
-            state = TrainerState.load_from_json(str(numbered[number] / TRAINER_STATE_NAME))
-        except (OSError, TypeError, ValueError):
-            continue
-        if state.global_step == number:
-            return str(numbered[number])
-    return None
+            self.constraint.load_state_dict(load_state(str(self.state.best_model_checkpoint)))

@@ -1,39 +1,41 @@
-"""`ContinualEBLoRATrainer`: `transformers.Trainer` that learns tasks one after another and forgets less."""
+"""`ContinualMixin`: what drives a sequence of tasks through a `Trainer`."""
 
 import contextlib
 import copy
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..adapters.composition import concatenate, folded_adapter, heads_of, replace_adapter, with_heads
 from ..adapters.earlier_tasks import EarlierTasks
+from ..adapters.factors import Factors
 from ..adapters.layers import find_layers, keep_differentiable
-from ..config import EBLoRAConfig, Task
-from ..manifold.maps import multiplies_exactly
+from ..config import EBLoRAConfig, Task, TaskSequence
+from ..manifold.maps import flushed_denormals, multiplies_exactly
+from ..methods.base import Snapshot
 from ..methods.build import build_method
-from ..metrics import continual_metrics
-from ..published.hub import check_beginning, fetch_sequence
-from ..published.identity import describe_base_model
 from ..published.sequence import PublishedSequence
-from .arguments import check_layers, check_set_up, read_tasks, with_adapter
-from .callback import TaskSequenceCallback
-from .constrained import last_complete_checkpoint
-from .one_task import OneTaskMixin
-from .processes import broadcast_model
-from .publisher import Publisher
+from .arguments import by_name, check_layers, check_set_up, read_tasks, with_adapter
+from .callback import TaskSequenceCallback, training_record
+from .checkpoints import checkpoint_to_resume
+from .constrained import ConstrainedMixin
+from .evaluation import accuracy_row, sets_to_measure, without_early_stopping
+from .one_task import as_task, draw_lora_A, joined_output, put_fresh_adapter
+from .opening import check_bases, open_sequence
+from .processes import broadcast_model, check_same_everywhere, spread_over_processes
+from .publisher import Publisher, PublishingMixin
 
 logger = logging.get_logger(__name__)
 
 
-class ContinualMixin(OneTaskMixin):
+class ContinualMixin(PublishingMixin, ConstrainedMixin):
     """
     Drives a sequence of tasks through a `Trainer`; it goes first: `class MyTrainer(ContinualMixin, Trainer)`.
 
@@ -72,7 +74,7 @@ class ContinualMixin(OneTaskMixin):
         push_bases: bool | str | None = None,
         **kwargs,
     ):
-        arguments = self._by_name(args, kwargs)
+        arguments = by_name(type(self), ContinualMixin, args, kwargs)
         peft_config = arguments.pop("peft_config", peft_config)  # SFTTrainer takes it by position as well
         if eblora_config is not None and not isinstance(eblora_config, EBLoRAConfig):
             raise ValueError(f"`eblora_config` must be an EBLoRAConfig, got {eblora_config!r}.")
@@ -114,19 +116,6 @@ class ContinualMixin(OneTaskMixin):
                 "protected): later tasks may change them at the expense of earlier ones."
             )
 
-    def _by_name(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by the names of the next constructor that spells them out."""
-        following = type(self).__mro__[type(self).__mro__.index(ContinualMixin) + 1 :]
-        for cls in following:
-            names = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else {}
-            if names and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in names.values()):
-                named = dict(zip(list(names)[1:], args, strict=False))
-                twice = named.keys() & kwargs.keys()
-                if len(args) >= len(names) or twice:
-                    raise TypeError(f"{type(self).__name__} got too many arguments, or twice: {', '.join(twice)}.")
-                return named | kwargs
-        raise TypeError(f"{type(self).__name__} has no trainer class after ContinualMixin.")
-
     # ---- the sequence ----
 
     def train(
@@ -152,156 +141,204 @@ class ContinualMixin(OneTaskMixin):
         """
         if self.tasks is None:
             raise ValueError("Training needs a train_dataset, got none.")
-        with _flushed_denormals(self.args.device):
+        with flushed_denormals(self.args.device):
             try:
-                return self._learn_all(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                return self._learn_all(self.tasks, resume_from_checkpoint, trial, ignore_keys_for_eval)
             finally:
                 self.earlier_tasks.leave(self.model)
 
-    def _learn_all(self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None) -> TrainOutput:
+    def _learn_all(
+        self, tasks: TaskSequence, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None
+    ) -> TrainOutput:
         if not self.is_fsdp_enabled:
             broadcast_model(self.model)  # before the first snapshot, which comes before accelerate does it
-        published = self._open_sequence(resuming=bool(resume))
+        published = self._open_sequence(tasks.names, resuming=bool(resume))
         self.remove_callback(TaskSequenceCallback)
         keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)
         self.task_callback = TaskSequenceCallback(published, keeps_bases, dtype)
         self.add_callback(self.task_callback)
         if self.args.should_save:
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
-        pending = [task for task in self.tasks if task.name not in published.names]
+        pending = [task for task in tasks if task.name not in published.names]
         outputs, history = [], []
         for task in pending:
-            checkpoint = self._checkpoint_of(task, resume if task is pending[0] else None)
-            outputs.append(self._learn(task, checkpoint, trial, ignore_keys))
+            checkpoint = checkpoint_to_resume(
+                self._checkpoint_folder(task),
+                task.name,
+                resume if task is pending[0] else None,
+                is_first=not published.tasks,
+            )
+            outputs.append(self._learn_task(task, checkpoint, trial, ignore_keys))
             history += self.state.log_history
         self.state.log_history = history
         self._become_sum_of_tasks()
         if self.args.should_save:
             self.publisher.finish(published)
-        steps = sum(output.global_step for output in outputs)
-        loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
-        metrics = dict(outputs[-1].metrics) if outputs else {}
-        metrics |= {f"train_{name}": value for name, value in self.continual_metrics().items() if not np.isnan(value)}
-        return TrainOutput(steps, loss, metrics)
+        return joined_output(outputs, self.continual_metrics())
 
-    @property
-    def bases(self) -> dict[str, torch.Tensor]:
-        """Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far."""
-        return {} if self.task_callback is None else self.task_callback.bases
-
-    @property
-    def accuracy_matrix(self) -> np.ndarray:
-        """R[t][i], the accuracy on task i after learning task t; NaN where it was not measured."""
-        return np.zeros((0, 0)) if self.task_callback is None else self.task_callback.accuracy_matrix()
-
-    def continual_metrics(self) -> dict[str, float]:
-        """MFN, MAA, LA, BWT, FWT and transfer of the accuracy matrix; empty before the first task is finished."""
-        matrix = self.accuracy_matrix
-        return continual_metrics(matrix) if matrix.size else {}
-
-    def _open_sequence(self, resuming: bool) -> PublishedSequence:
-        folder = Path(self.args.output_dir)
-        base = self.model.get_base_model()
-        heads = getattr(self.model.peft_config[self.adapter], "modules_to_save", None) or []
-        exists = PublishedSequence.exists(folder)
-        self.accelerator.wait_for_everyone()  # all have looked before one of them writes
-        if exists:
-            if not resuming and (self.source is None or Path(self.source).resolve() != folder.resolve()):
-                raise ValueError(
-                    f"{folder} already holds a sequence of tasks. Pass `train(resume_from_checkpoint=True)` to "
-                    f"continue an interrupted run, `sequence={str(folder)!r}` to append new tasks, or another "
-                    "`output_dir`."
-                )
-            if self.is_world_process_zero():
-                own = PublishedSequence.open(folder, repair=True)
-                if self.source is not None and Path(self.source).resolve() != folder.resolve():
-                    check_beginning(fetch_sequence(self.source, token=self.args.hub_token).tasks, own, self.source)
-        elif self.source is not None:
-            if self.is_world_process_zero():
-                fetch_sequence(self.source, token=self.args.hub_token, folder=folder)
-        else:
-            published = PublishedSequence(folder, describe_base_model(base, heads))
-            published.check_strays(self.tasks.names[0])
-            return published
-        self.accelerator.wait_for_everyone()
-        published = PublishedSequence.open(folder)
-        published.check_base_model(base)
-        published.check_layers([layer.name for layer in self.layers])
-        pending = [name for name in self.tasks.names if name not in published.names]
-        published.check_strays((pending or self.tasks.names)[0])
-        taken = set(self.tasks.names) & set(published.names)
-        if taken and not resuming:
-            raise ValueError(
-                f"The sequence in {folder} already has the task(s) {', '.join(sorted(taken))}: give new tasks new "
-                "names (`task_name=…` or the keys of `train_dataset`)."
-            )
-        without = published.names_without_basis()
-        if self.method.remembers and without:
-            raise ValueError(
-                f"The task(s) {', '.join(without)} in {folder} were learnt by a method that keeps no basis, so that "
-                f"{self.eblora_config.method!r} cannot protect them. Continue with that method, or start a new "
-                "sequence."
-            )
+    def _open_sequence(self, tasks: list[str], resuming: bool) -> PublishedSequence:
+        published = open_sequence(
+            Path(self.args.output_dir),
+            self.source,
+            self.model.get_base_model(),
+            tasks,
+            [layer.name for layer in self.layers],
+            getattr(self.model.peft_config[self.adapter], "modules_to_save", None) or [],
+            resuming=resuming,
+            token=self.args.hub_token,
+            writes=self.is_world_process_zero(),
+            wait=self.accelerator.wait_for_everyone,
+        )
+        if self.method.remembers:
+            check_bases(published, self.eblora_config.method)
         return published
 
-    def _checkpoint_of(self, task: Task, resume: str | bool | None) -> str | None:
-        folder = self._checkpoint_folder(task)
-        if isinstance(resume, (str, Path)):
-            if Path(resume).resolve().parent != folder.resolve():
-                raise ValueError(
-                    f"{resume} is not a checkpoint of the task {task.name!r}, which comes next: expected one in "
-                    f"{folder}. Pass `resume_from_checkpoint=True` for its newest."
-                )
-            return str(resume)
-        checkpoint = last_complete_checkpoint(folder)
-        if resume and checkpoint is None and not self.task_callback.sequence.tasks and not folder.is_dir():
+    # ---- one task ----
+
+    def _learn_task(
+        self, task: Task, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None
+    ) -> TrainOutput:
+        """Learns one task. These are the events of docs/architecture.md, in their order."""
+        seed = self.args.seed + len(self.begun.sequence.tasks)
+        self._renew_adapter(task)
+        self._start_task(task, seed, checkpoint)
+        output = self._train_task(task, seed, checkpoint, trial, ignore_keys)
+        trained = self._leave_training(task)
+        row = self._measure_task(task)
+        self._keep_task(task, seed, trained, row)
+        self._publish_task()
+        return output
+
+    def _renew_adapter(self, task: Task) -> None:
+        """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
+        published = self.begun.sequence
+        logger.info(f"***** Task {len(published.tasks)}: {task.name} *****")
+        if self.args.should_save:
+            self._checkpoint_folder(task).mkdir(parents=True, exist_ok=True)  # from here on there is a run to resume
+        self.unwrap()
+        self.shard()
+        self.layers, self._earlier_record = put_fresh_adapter(
+            self.model, self.adapter, self.earlier_tasks, published.adapters(), self.method
+        )
+        self.start_from({})
+        if self._given_optimizer is None:
+            self.optimizer, self.lr_scheduler = None, None
+        elif self.optimizer is not self._given_optimizer:
             raise ValueError(
-                f"Nothing to resume: no finished task in {self.args.output_dir} and no checkpoint in {folder}. Call "
-                "train() without `resume_from_checkpoint`."
+                "The optimizer passed in `optimizers` has been used by an earlier `train()`, and its moments with "
+                "it. Make a new trainer, or pass `optimizer_cls_and_kwargs`."
             )
-        if checkpoint is not None and not resume:
-            raise ValueError(
-                f"{folder} holds checkpoints of an earlier run. Pass `train(resume_from_checkpoint=True)` to "
-                "continue it, or delete the folder to start the task again."
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
+
+    def _start_task(self, task: Task, seed: int, checkpoint: str | None) -> None:
+        """What the method starts the task from: a snapshot of its data at the current weights, or a checkpoint."""
+        set_seed(seed)
+        if checkpoint is None:
+            draw_lora_A(self.layers)
+            self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
+        else:
+            self.resume_from(checkpoint)
+        check_same_everywhere(self.start_tensors())
+        self.begun.begin_task(task.name)
+
+    def _train_task(self, task: Task, seed: int, checkpoint: str | None, trial: Any, ignore_keys: Any) -> TrainOutput:
+        """The loop of the trainer's parent, with the arguments of the task."""
+        set_seed(seed)
+        with as_task(self, task, self._checkpoint_folder(task)):
+            return super().train(checkpoint, trial, ignore_keys)
+
+    def _leave_training(self, task: Task) -> tuple[dict[str, Factors], dict[str, Any]]:
+        """What training leaves beside the adapter: the factors of a constraint, and how the task was trained."""
+        record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
+        if self._earlier_record:
+            record["earlier_tasks"] = self._earlier_record
+        self.method.finish_training(self.layers)
+        return self.constraint.factors() if self.constraint is not None else {}, record
+
+    def _measure_task(self, task: Task) -> dict[str, float]:
+        """The row of the accuracy matrix."""
+        published, best = self.begun.sequence, self.args.metric_for_best_model
+        alone = self.tasks is not None and len(self.tasks) == 1 and self.compute_metrics is not None
+        sets = sets_to_measure(self.eval_dataset, task.name, alone=alone)
+
+        def head_of(name: str) -> AbstractContextManager:
+            # an earlier task is measured with the head it was learnt with
+            head = heads_of(published.adapters([name])[0]) if name in published.names else {}
+            return with_heads(self.model, self.adapter, head)
+
+        with without_early_stopping(self.callback_handler):
+            return accuracy_row(
+                sets,
+                self.evaluate,
+                [name.removeprefix("eval_") for name in (best, "accuracy") if name],
+                head_of,
+                expected=self.compute_metrics is not None or best not in (None, "loss", "eval_loss"),
             )
-        return checkpoint
 
+    def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], row: dict[str, float]) -> None:
+        """Extends the bases by a snapshot at the trained weights, and appends the task to the sequence."""
+        factors, record = trained
+        self.unwrap()
+        with self._kept_if_it_fails(task):
+            extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
+            adapter = folded_adapter(self.model, self.layers, factors)
+            columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
+            check_same_everywhere(adapter | columns)
+            self.begun.end_task(
+                adapter,
+                self.model.peft_config[self.adapter],
+                extensions,
+                steps=self.state.global_step,
+                metrics=row,
+                training=record,
+                write=self.args.should_save,
+            )
 
-@contextlib.contextmanager
-def _flushed_denormals(device: torch.device) -> Iterator[None]:
-    """
-    On a CPU, rounds denormal numbers to zero: moments of directions that are projected out decay into them, and they
-    slow it several times.
-    """
-    already = (torch.tensor(1e-38) * 0.1).item() == 0.0
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(already)
+    def _publish_task(self) -> None:
+        """Pushes the sequence, if that was asked for, and has all processes read what one has written."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.publisher.publish(self.begun.sequence)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            self.begun.sequence = PublishedSequence.open(self.args.output_dir)
 
+    # ---- parts of these events ----
 
-class ContinualEBLoRATrainer(ContinualMixin, Trainer):
-    """
-    `transformers.Trainer` that learns tasks one after another with EBLoRA and publishes plain LoRA adapters.
+    def _checkpoint_folder(self, task: Task) -> Path:
+        return Path(self.args.output_dir) / "checkpoints" / task.name
 
-    Takes the arguments of `Trainer`, and those of [`ContinualMixin`] by keyword.
+    def _decompose(self, answer: Callable, of: Snapshot | None, task: Task, seed: int) -> dict[str, Any]:
+        """What the method answers of a snapshot of the task, which is let go again."""
+        snapshot = self.snapshot(task.train_dataset, seed, of)
+        return spread_over_processes(lambda share: answer(share, snapshot, self.bases), self.layers)
 
-    Example:
+    @contextlib.contextmanager
+    def _kept_if_it_fails(self, task: Task) -> Iterator[None]:
+        """
+        Within the context an error leaves a checkpoint of the trained task, from which resuming redoes only the end.
+        """
+        try:
+            yield
+        except Exception:
+            with as_task(self, task, self._checkpoint_folder(task)):
+                self.is_in_train = True
+                self._save_checkpoint(self.model, trial=None)
+                self.is_in_train = False
+            logger.error(f"The task {task.name!r} is trained and kept in {self._checkpoint_folder(task)}.")
+            raise
 
-    ```python
-    from peft import LoraConfig
-    from eblora_hf import ContinualEBLoRATrainer
-
-    trainer = ContinualEBLoRATrainer(
-        model=model,
-        args=TrainingArguments("out"),
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
-        train_dataset={"imagenet-r": train_1, "arxivqa": train_2},
-        eval_dataset={"imagenet-r": eval_1, "arxivqa": eval_2},
-        compute_metrics=compute_metrics,
-    )
-    trainer.train()
-    ```
-    """
+    def _become_sum_of_tasks(self) -> None:
+        """
+        Leaves one adapter on the model, the sum of all tasks, so that whatever is saved next is all that was learnt.
+        A sharded model keeps two, the last task's and the earlier ones': FSDP2 would not know of a new adapter.
+        """
+        published = self.begun.sequence
+        self.unwrap()
+        self.earlier_tasks.restore()
+        if len(published.tasks) > 1 and not self.is_fsdp_enabled:
+            replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
+            self.layers = find_layers(self.model, self.adapter)
+        self.optimizer, self.lr_scheduler = None, None

@@ -1,6 +1,7 @@
 """What a `Trainer` needs so that a sequence of tasks can be learnt on a model sharded by FSDP2."""
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -10,30 +11,21 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapters.composition import load_adapter
 from ..adapters.factors import load_state
-from ..adapters.layers import AdaptedLayer
 from ..adapters.sharding import whole
-from ..manifold.step_hooks import StepHooks
-from ..methods.base import Method
 from ..published.files import write
-from .callback import TaskSequenceCallback
 from .processes import check_same_everywhere
+from .surface import TrainerSurface
 
 _METHODS = ("eblora", "ebo", "lora")  # the others write into adapters, or look at whole weights
 
 
-class ShardedMixin:
+class ShardedMixin(TrainerSurface):
     """
     Overrides what a `Trainer` does with a model that accelerate shards by FSDP2, and nothing where it does not.
 
     The model is sharded before the first snapshot and stays so: sharding cannot be taken off again, so that all tasks
     train the same parameters. Only the adapter is gathered to be saved.
     """
-
-    method: Method
-    adapter: str
-    layers: list[AdaptedLayer]
-    constraint: StepHooks | None
-    task_callback: TaskSequenceCallback | None
 
     def check_sharding(self) -> None:
         """
@@ -125,7 +117,7 @@ class ShardedMixin:
         for module in self._fsdp_modules():
             module.reshard()
 
-    def _fsdp_modules(self) -> list[nn.Module]:
+    def _fsdp_modules(self) -> list[Any]:
         if not self.is_fsdp_enabled:
             return []
         from torch.distributed.fsdp import FSDPModule
@@ -176,8 +168,8 @@ class ShardedMixin:
             return super()._load_best_model()
         self._load_whole_adapter(self.state.best_model_checkpoint)
 
-    def _load_whole_adapter(self, folder: str) -> None:
-        path = Path(folder) / ("" if self.adapter == "default" else self.adapter) / SAFETENSORS_WEIGHTS_NAME
+    def _load_whole_adapter(self, folder: str | None) -> None:
+        path = Path(str(folder)) / ("" if self.adapter == "default" else self.adapter) / SAFETENSORS_WEIGHTS_NAME
         load_adapter(self.model, self.adapter, safetensors.torch.load_file(path))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -32,6 +32,7 @@ def spread_over_processes(
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return compute(layers)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own: dict[str, Any] | Exception
     try:
         own = {name: _on_cpu(value) for name, value in compute(layers[rank::size]).items()}
     except Exception as error:
@@ -85,12 +86,12 @@ def check_same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
 
 def _checksum(tensor: torch.Tensor) -> str:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
 
 
 def _on_cpu(value: Any) -> Any:
     """A dataclass without tensors that name the device of this process."""
-    if not dataclasses.is_dataclass(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     tensors = {key: tensor.cpu() for key, tensor in vars(value).items() if isinstance(tensor, torch.Tensor)}
     return dataclasses.replace(value, **tensors)

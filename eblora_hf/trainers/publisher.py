@@ -1,15 +1,18 @@
 """Pushing a sequence while it is being learnt, as the Hub options of `TrainingArguments` say."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..metrics import continual_metrics
 from ..published.card import render_card
 from ..published.files import write
 from ..published.hub import check_remote, push_sequence
 from ..published.sequence import PublishedSequence
-from .callback import TaskSequenceCallback
+from .surface import TrainerSurface
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +30,7 @@ class Publisher:
     def __init__(self, args: TrainingArguments, push_bases: bool | str | None):
         self.automatic = args.push_to_hub
         self.every_task = str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end"
-        self.repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        self.repo_id = args.hub_model_id or Path(str(args.output_dir)).resolve().name
         self.token, self.private, self.revision = args.hub_token, args.hub_private_repo, args.hub_revision
         self.push_bases = push_bases
         self.licence: str | None = None
@@ -79,26 +82,36 @@ class Publisher:
         )
 
 
-class PublishingMixin:
+class PublishingMixin(TrainerSurface):
     """
-    What a `Trainer` publishes: the sequence, instead of its checkpoints and arguments.
+    What a `Trainer` shows and publishes of its sequence, instead of its checkpoints and arguments.
 
     Attributes:
         publisher ([`Publisher`]): Where the sequence goes.
-        task_callback ([`TaskSequenceCallback`], *optional*): Holds the sequence, once `train` has begun.
     """
 
     publisher: Publisher
-    task_callback: TaskSequenceCallback | None = None
+
+    @property
+    def accuracy_matrix(self) -> np.ndarray:
+        """R[t][i], the accuracy on task i after learning task t; NaN where it was not measured."""
+        return np.zeros((0, 0)) if self.task_callback is None else self.task_callback.accuracy_matrix()
+
+    def continual_metrics(self) -> dict[str, float]:
+        """MFN, MAA, LA, BWT, FWT and transfer of the accuracy matrix; empty before the first task is finished."""
+        matrix = self.accuracy_matrix
+        return continual_metrics(matrix) if matrix.size else {}
 
     def push_to_hub(
         self,
-        *args,
+        commit_message: str | None = None,
+        blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        *args: Any,
         license: str | None = None,
-        **kwargs,
-    ) -> str | None:
+        **kwargs: Any,
+    ) -> Any:
         """
         Pushes the sequence: per task that the Hub does not have yet one commit and one tag, and the model card.
 

@@ -2,18 +2,35 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+)
+
 try:
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
     from trl.trainer.utils import create_model_from_path
 except ImportError as error:
     raise ImportError(
         "ContinualEBLoRASFTTrainer needs TRL, which could not be imported. Install it: pip install 'eblora-hf[trl]'."
     ) from error
 
-from ..config import TaskSequence
+from ..config import EBLoRAConfig, TaskSequence
 from ..methods.base import Snapshot, Snapshots
+from .arguments import Processing
 from .continual import ContinualMixin
 
 
@@ -25,18 +42,61 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
     `SFTTrainer` prepares its own: chat template, formatting function, tokenisation, packing.
     """
 
-    def __init__(self, *args, **kwargs):
-        arguments = self._by_name(args, kwargs)
-        if isinstance(arguments.get("model"), str):
-            arguments = _with_model(arguments)
-        super().__init__(**arguments)
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: TaskSequence | Mapping[str, Any] | Dataset | None = None,
+        eval_dataset: Mapping[str, Any] | Dataset | None = None,
+        processing_class: Processing | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: LoraConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        *,
+        eblora_config: EBLoRAConfig | None = None,
+        sequence: str | Path | None = None,
+        task_name: str | None = None,
+        push_bases: bool | str | None = None,
+    ):
+        if isinstance(model, str):
+            model, args = _load(model, args, quantization_config)
+            quantization_config = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+            eblora_config=eblora_config,
+            sequence=sequence,
+            task_name=task_name,
+            push_bases=push_bases,
+        )
         if self.tasks is not None and not self._skip_prepare_dataset:
-            self._prepare_tasks()
+            self.tasks = self._prepared(self.tasks)
 
-    def _prepare_tasks(self) -> None:
-        first, *others = self.tasks
+    def _prepared(self, tasks: TaskSequence) -> TaskSequence:
+        """The tasks with their data as SFTTrainer prepares it; the first one's is prepared already."""
+        first, *others = tasks
         if self.args.completion_only_loss is None:  # SFTTrainer has decided it by the first
-            columns = {task.name: getattr(task.train_dataset, "column_names", ()) for task in self.tasks}
+            columns = {task.name: getattr(task.train_dataset, "column_names", ()) for task in tasks}
             completions = {name: "completion" in names for name, names in columns.items()}
             if len(set(completions.values())) > 1:
                 raise ValueError(
@@ -56,12 +116,14 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
             )
             prepared.append(dataclasses.replace(task, train_dataset=dataset))
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {first.name: self.eval_dataset}
-        self.tasks = TaskSequence(
+        return TaskSequence(
             [
                 dataclasses.replace(task, eval_dataset=task.eval_dataset and sets.get(task.name, task.eval_dataset))
                 for task in prepared
             ]
         )
+
+    _metrics: Any  # SFTTrainer's running sums for the log
 
     def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> Snapshots:
         metrics = copy.deepcopy(self._metrics)
@@ -71,16 +133,14 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
             self._metrics = metrics  # the loss function logs what a snapshot is no part of
 
 
-def _with_model(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Loads a model that was given by its name, as SFTTrainer would."""
-    arguments = dict(arguments)
-    args = arguments.get("args")
+def _load(
+    name: str, args: SFTConfig | TrainingArguments | None, quantization_config: BitsAndBytesConfig | None
+) -> tuple[PreTrainedModel, SFTConfig | TrainingArguments | None]:
+    """The model of that name, loaded as SFTTrainer would, and the arguments without what that took."""
     options = dict(getattr(args, "model_init_kwargs", None) or {})
-    quantization = arguments.pop("quantization_config", None)
-    if quantization is not None:
-        options["quantization_config"] = quantization
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     if args is not None and options:
-        arguments["args"] = copy.copy(args)
-        arguments["args"].model_init_kwargs = None
-    arguments["model"] = create_model_from_path(arguments["model"], **options)
-    return arguments
+        args = copy.copy(args)
+        vars(args)["model_init_kwargs"] = None
+    return create_model_from_path(name, **options), args

@@ -41,10 +41,10 @@ scaler: the tests tell it to, and it takes the path of a GPU run from there on.
 
 
 def outcome(run: Callable[[], object]) -> str:
-    """What becomes of a combination: it works, or is refused by a `ValueError` with a reason."""
+    """What becomes of a combination: it works, or is refused with a reason."""
     try:
         run()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return WORKS
 

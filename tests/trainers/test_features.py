@@ -158,4 +158,4 @@ def test_model_init_is_refused(tmp_path, record_property, trainer):
     def construct():
         trainer_class(architecture)(model_init=architecture.make, **trainer_options(architecture, tmp_path))
 
-    assert "sequence continues one model" in run(record_property, trainer, "model_init", construct)
+    assert "model_init" in run(record_property, trainer, "model_init", construct)

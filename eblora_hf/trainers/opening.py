@@ -1,0 +1,91 @@
+"""Opening the published sequence that a run continues, or a new one; what is refused is refused before training."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from torch import nn
+
+from ..published.hub import check_beginning, fetch_sequence
+from ..published.identity import describe_base_model
+from ..published.sequence import PublishedSequence
+
+
+def open_sequence(
+    folder: Path,
+    source: str | Path | None,
+    base_model: nn.Module,
+    tasks: list[str],
+    layers: list[str],
+    heads: Collection[str] = (),
+    *,
+    resuming: bool = False,
+    token: str | None = None,
+    writes: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> PublishedSequence:
+    """
+    Opens the sequence in a folder, after fetching it there if it is continued from elsewhere.
+
+    Args:
+        folder (`Path`): Where the sequence is or will be.
+        source (`str` or `Path`, *optional*): The sequence to continue, a folder or a Hub repository.
+        base_model (`nn.Module`): The model without adapters.
+        tasks (`list[str]`): Names of the tasks of this run.
+        layers (`list[str]`): Names of the layers that they adapt.
+        heads (`Collection[str]`): The `modules_to_save`.
+        resuming (`bool`, defaults to `False`): Whether the run goes on with what is in the folder.
+        token (`str`, *optional*): For the Hub.
+        writes (`bool`, defaults to `True`): Whether this process fetches and repairs.
+        wait (`Callable`): Waits for all processes of the run.
+
+    Raises:
+        ValueError: if the folder holds a sequence that this run is not meant to continue, or one of another model,
+            of other layers, or with tasks of the same names.
+        FileNotFoundError: if there is no sequence at `source`.
+    """
+    in_place = source is not None and Path(source).resolve() == folder.resolve()
+    exists = PublishedSequence.exists(folder)
+    wait()  # all have looked before one of them writes
+    if not exists and source is None:
+        published = PublishedSequence(folder, describe_base_model(base_model, heads))
+        published.check_strays(tasks[0])
+        return published
+    if exists and not resuming and not in_place:
+        raise ValueError(
+            f"{folder} already holds a sequence of tasks. Pass `train(resume_from_checkpoint=True)` to continue an "
+            f"interrupted run, `sequence={str(folder)!r}` to append new tasks, or another `output_dir`."
+        )
+    if writes and source is not None and not exists:
+        fetch_sequence(source, token=token, folder=folder)
+    elif writes:
+        own = PublishedSequence.open(folder, repair=True)
+        if source is not None and not in_place:
+            check_beginning(fetch_sequence(source, token=token).tasks, own, source)
+    wait()
+    published = PublishedSequence.open(folder)
+    published.check_base_model(base_model)
+    published.check_layers(layers)
+    pending = [name for name in tasks if name not in published.names]
+    published.check_strays((pending or tasks)[0])
+    taken = set(tasks) & set(published.names)
+    if taken and not resuming:
+        raise ValueError(
+            f"The sequence in {folder} already has the task(s) {', '.join(sorted(taken))}: give new tasks new names "
+            "(`task_name=…` or the keys of `train_dataset`)."
+        )
+    return published
+
+
+def check_bases(published: PublishedSequence, method: str) -> None:
+    """
+    Raises if a method that protects earlier tasks has nothing to protect them by.
+
+    Raises:
+        ValueError: naming the tasks without a basis.
+    """
+    without = published.names_without_basis()
+    if without:
+        raise ValueError(
+            f"The task(s) {', '.join(without)} in {published.folder} were learnt by a method that keeps no basis, so "
+            f"that {method!r} cannot protect them. Continue with that method, or start a new sequence."
+        )

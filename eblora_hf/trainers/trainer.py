@@ -1,0 +1,84 @@
+"""`ContinualEBLoRATrainer`: `transformers.Trainer` that learns tasks one after another and forgets less."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from transformers import DataCollator, EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from ..config import EBLoRAConfig, TaskSequence
+from .arguments import Processing
+from .continual import ContinualMixin
+
+
+class ContinualEBLoRATrainer(ContinualMixin, Trainer):
+    """
+    `transformers.Trainer` that learns tasks one after another with EBLoRA and publishes plain LoRA adapters.
+
+    Takes the arguments of `Trainer`, and those of [`ContinualMixin`] by keyword.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from eblora_hf import ContinualEBLoRATrainer
+
+    trainer = ContinualEBLoRATrainer(
+        model=model,
+        args=TrainingArguments("out"),
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        train_dataset={"imagenet-r": train_1, "arxivqa": train_2},
+        eval_dataset={"imagenet-r": eval_1, "arxivqa": eval_2},
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: TaskSequence | Mapping[str, Any] | Dataset | None = None,
+        eval_dataset: Mapping[str, Any] | Dataset | None = None,
+        processing_class: Processing | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        peft_config: LoraConfig | None = None,
+        eblora_config: EBLoRAConfig | None = None,
+        sequence: str | Path | None = None,
+        task_name: str | None = None,
+        push_bases: bool | str | None = None,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+            eblora_config=eblora_config,
+            sequence=sequence,
+            task_name=task_name,
+            push_bases=push_bases,
+        )
