@@ -29,17 +29,24 @@ class Storage:
     def device(self, tensor: torch.Tensor) -> torch.device:
         return torch.device("cpu") if self.offload else tensor.device
 
+    @property
+    def columns(self) -> int:
+        """Columns k of its sketches."""
+        if self.sketch is None:
+            raise ValueError("This storage keeps no sketches: Storage(sketch=…) says of how many columns.")
+        return self.sketch
+
     def matrix(self, d_out: int, d_in: int) -> "MatrixSum | MatrixSketch":
         """For a sum of matrices `(d_out, d_in)`."""
         if self.sketch is None or 3 * self.sketch + _CHECKS >= min(d_out, d_in):
             return MatrixSum(self, d_out, d_in)
-        return MatrixSketch(self, self.sketch, d_out, d_in)
+        return MatrixSketch(self, d_out, d_in)
 
     def moment(self, d_in: int) -> "MomentSum | MomentSketch":
         """For a sum of outer products of rows `(d_in,)`."""
         if self.sketch is None or self.sketch >= d_in // 2:
             return MomentSum(self, d_in)
-        return MomentSketch(self, self.sketch, d_in)
+        return MomentSketch(self, d_in)
 
 
 class MatrixSum:
@@ -79,8 +86,8 @@ class MatrixSketch:
     With Q an orthonormal basis of M Ω, M ≈ Q (Ψ Q)⁺ Ψ M.
     """
 
-    def __init__(self, storage: Storage, columns: int, d_out: int, d_in: int):
-        self._storage, self._k, self._shape = storage, columns, (d_out, d_in)
+    def __init__(self, storage: Storage, d_out: int, d_in: int):
+        self._storage, self._k, self._shape = storage, storage.columns, (d_out, d_in)
         self._right: torch.Tensor | None = None
 
     def add(self, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:
@@ -149,8 +156,8 @@ class MomentSketch:
     has in K, so that a basis chosen from it, measured against the exact trace, holds at least what it seems to hold.
     """
 
-    def __init__(self, storage: Storage, columns: int, d_in: int):
-        self._storage, self._k, self._d_in = storage, columns, d_in
+    def __init__(self, storage: Storage, d_in: int):
+        self._storage, self._k, self._d_in = storage, storage.columns, d_in
         self._product: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
