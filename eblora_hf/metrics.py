@@ -71,6 +71,11 @@ def accuracy_matrix(names: list[str], rows: list[dict[str, float]]) -> np.ndarra
 
     Returns:
         `np.ndarray` of shape `(T, T)`, NaN where nothing was measured.
+
+    Example:
+
+    >>> accuracy_matrix(["a", "b"], [{"a": 0.9}, {"a": 0.7, "b": 0.8, "another": 0.5}]).tolist()
+    [[0.9, nan], [0.7, 0.8]]
     """
     return np.array([[row.get(name, np.nan) for name in names] for row in rows], dtype=np.float64).reshape(
         len(names), len(names)
@@ -89,6 +94,12 @@ def continual_metrics(matrix) -> dict[str, float]:
 
     Raises:
         ValueError: if the matrix is empty or not square.
+
+    Example:
+
+    >>> metrics = continual_metrics([[0.9, 0.2], [0.7, 0.8]])
+    >>> {name: round(value, 3) for name, value in metrics.items()}
+    {'MFN': 0.75, 'MAA': 0.825, 'LA': 0.85, 'BWT': -0.2, 'FWT': 0.2, 'transfer': 0.2}
     """
     return {
         "MFN": mean_final_accuracy(matrix),

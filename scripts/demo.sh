@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs `eblora demo` with the arguments given.
 set -euo pipefail
-bash "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/eblora" demo "$@"
+here=$(dirname "${BASH_SOURCE[0]}")
+bash "$here/environment.sh" .venv demo
+exec "$here/../.venv/bin/eblora" demo "$@"

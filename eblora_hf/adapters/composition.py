@@ -96,6 +96,13 @@ def concatenate(adapters: list[AdapterState]) -> AdapterState:
 
     Raises:
         ValueError: if the adapters are of different layers.
+
+    Example:
+
+    >>> key = "base_model.model.layer.lora_{}.weight"
+    >>> one = {key.format("A"): torch.ones(2, 8), key.format("B"): torch.ones(4, 2)}
+    >>> {name: tuple(tensor.shape) for name, tensor in concatenate([one, one, one]).items()}
+    {'base_model.model.layer.lora_A.weight': (6, 8), 'base_model.model.layer.lora_B.weight': (4, 6)}
     """
     first, result = adapters[0], dict(adapters[-1])
     for index, adapter in enumerate(adapters):

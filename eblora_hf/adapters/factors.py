@@ -95,6 +95,12 @@ def decompose_product(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, t
 
     Returns:
         `tuple` of U `(d_out, k)`, σ `(k,)` in descending order and Vᵀ `(k, d_in)`, with k = min(r, d_out, d_in).
+
+    Example:
+
+    >>> u, sigma, vt = decompose_product(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0, 3.0]]))
+    >>> sigma.tolist()
+    [6.0]
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)

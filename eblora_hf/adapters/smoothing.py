@@ -27,6 +27,14 @@ def smooth_adapter(adapter: AdapterState, equal: str = "sum") -> AdapterState:
 
     Raises:
         ValueError: for another `equal`.
+
+    Example:
+
+    >>> key = "base_model.model.layer.lora_{}.weight"
+    >>> adapter = {key.format("A"): torch.eye(2), key.format("B"): torch.diag(torch.tensor([3.0, 1.0]))}
+    >>> smooth = smooth_adapter(adapter)
+    >>> torch.allclose(smooth[key.format("B")] @ smooth[key.format("A")], 2.0 * torch.eye(2))  # Σσ is still 4
+    True
     """
     if equal not in EQUAL:
         raise ValueError(f"equal={equal!r}: expected one of {', '.join(EQUAL)}.")

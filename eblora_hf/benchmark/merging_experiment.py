@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from ..adapters.composition import AdapterState, factors_of
 from ..adapters.merging import merge_adapters
 from ..config import EBLoRAConfig
 from .digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
-from .protocol import TUNING, train, training_arguments
+from .protocol import TUNING, quiet, train, training_arguments
 from .transformations import PROTOCOL_TASKS, transformation
 
 VARIANTS = {"raw": "none", "equal sum": "sum", "equal Frobenius": "frobenius"}  # as `smooth` of merge_adapters
@@ -153,12 +152,7 @@ def _merge(measures: dict[str, NormalisedAccuracy], adapters: list[AdapterState]
 
 def _train(base: nn.Module, data: DigitsDataset, name: str, seed: int) -> AdapterState:
     """The adapter of one task, trained as the benchmark's sequential LoRA trains its first."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            args = dataclasses.replace(training_arguments(folder, seed), **TUNING["lora"]["tuned"])
-            trainer = train(copy.deepcopy(base), args, {name: data}, config=EBLoRAConfig(method="lora"))
-            return trainer.begun.sequence.adapters()[0]
-    finally:
-        logging.set_verbosity(verbosity)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        args = dataclasses.replace(training_arguments(folder, seed), **TUNING["lora"]["tuned"])
+        trainer = train(copy.deepcopy(base), args, {name: data}, config=EBLoRAConfig(method="lora"))
+        return trainer.begun.sequence.adapters()[0]

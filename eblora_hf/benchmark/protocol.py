@@ -1,10 +1,12 @@
 """The protocol of the embedded benchmark: one method on one seed, through the real trainer."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,20 +99,28 @@ def run_method(
     test_sets = {name: splits[measured_on].transformed(transform) for name, transform in transforms.items()}
     test_sets[BASE] = splits[measured_on].transformed(lambda images: images)
     model = copy.deepcopy(base_model)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(folder, seed)
+        if method == "frozen":
+            return _frozen(model, args, test_sets)
+        settings = dict(TUNING[method]["tuned"] if settings is None else settings)
+        args = dataclasses.replace(args, learning_rate=settings.pop("learning_rate"))
+        if method == "joint":
+            args = dataclasses.replace(args, max_steps=args.max_steps * len(tasks))
+            return _joint(model, args, train_sets, test_sets, rank=rank * len(tasks), advance=advance)
+        config = EBLoRAConfig(method=TUNING[method].get("method", method), **settings)
+        return _continual(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the context transformers says no more than errors, and nothing of what peft still asks it for."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            args = training_arguments(folder, seed)
-            if method == "frozen":
-                return _frozen(model, args, test_sets)
-            settings = dict(TUNING[method]["tuned"] if settings is None else settings)
-            args = dataclasses.replace(args, learning_rate=settings.pop("learning_rate"))
-            if method == "joint":
-                args = dataclasses.replace(args, max_steps=args.max_steps * len(tasks))
-                return _joint(model, args, train_sets, test_sets, rank=rank * len(tasks), advance=advance)
-            config = EBLoRAConfig(method=TUNING[method].get("method", method), **settings)
-            return _continual(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
 

@@ -22,6 +22,12 @@ def restrict(z: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(..., d, r)`.
+
+    Example:
+
+    >>> basis = torch.tensor([[1.0], [0.0], [0.0]])  # F holds the first direction
+    >>> restrict(torch.tensor([[5.0], [2.0], [1.0]]), basis).flatten().tolist()
+    [0.0, 2.0, 1.0]
     """
     if basis is None:
         return z
@@ -51,6 +57,12 @@ def orthogonal_tangent(x: torch.Tensor, z: torch.Tensor, basis: torch.Tensor | N
     The orthogonal projection on the tangent space, P_F Z - X sym(Xᵀ P_F Z), as StelLA uses it.
 
     Args and return value are those of [`canonical_tangent`].
+
+    Example:
+
+    >>> x, z = torch.eye(3, 1), torch.tensor([[5.0], [2.0], [1.0]])
+    >>> orthogonal_tangent(x, z).flatten().tolist()  # what lies along X itself is no tangent
+    [0.0, 2.0, 1.0]
     """
     z = restrict(z, basis)
     return z - x @ in_span(x.mT @ z, "orthogonal")
@@ -73,6 +85,12 @@ def polar_factor(y: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(..., d, r)` with orthonormal columns.
+
+    Example:
+
+    >>> x = polar_factor(torch.tensor([[3.0, 0.0], [0.0, 0.5], [0.0, 0.0]]))
+    >>> torch.allclose(x, torch.eye(3, 2))
+    True
     """
     gram = (y.mT @ y).double()  # (..., r, r)
     finite = torch.isfinite(gram).all(dim=(-2, -1), keepdim=True)

@@ -65,6 +65,12 @@ def extend_basis(
     Raises:
         ValueError: if the matrix is all zero or not finite, a shape or the threshold is wrong, or a sketch holds less
             than the threshold.
+
+    Example:
+
+    >>> extension = extend_basis(torch.diag(torch.tensor([3.0, 1.0, 0.1])), threshold=0.85)
+    >>> extension.columns.abs().tolist(), round(extension.captured, 3)  # 9 of 10.01
+    ([[1.0], [0.0], [0.0]], 0.899)
     """
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"threshold is the share of energy to capture and lies in (0, 1], got {threshold}.")
@@ -214,6 +220,11 @@ def column_cap(d_in: int, rank: int, columns: int, max_fraction: float = 1.0) ->
     """
     How many columns a basis of `columns` may still gain: up to `max_fraction`·d_in, always leaving `rank` directions
     free.
+
+    Example:
+
+    >>> column_cap(d_in=64, rank=4, columns=58)  # four directions are left to the next adapter
+    2
     """
     return max(min(int(max_fraction * d_in), d_in - rank) - columns, 0)
 

@@ -31,6 +31,11 @@ def snapshot_indices(num_samples: int, fraction: float, seed: int | None = None)
 
     Raises:
         ValueError: if the data set is empty or the fraction lies outside (0, 1].
+
+    Example:
+
+    >>> snapshot_indices(10, 0.5)
+    [0, 2, 4, 6, 9]
     """
     if num_samples < 1:
         raise ValueError("The gradient snapshot needs data, but the training set of the task is empty.")
@@ -57,6 +62,13 @@ def share_batches(indices: list[int], size: int, rank: int = 0, processes: int =
 
     Returns:
         `list[tuple[list[int], int]]`: Samples of each batch, and their number or 0.
+
+    Example:
+
+    >>> share_batches([0, 1, 2, 3, 4], size=2, rank=0, processes=2)
+    [([0, 1], 2), ([4], 1)]
+    >>> share_batches([0, 1, 2, 3, 4], size=2, rank=1, processes=2)  # as many batches, the second without weight
+    [([2, 3], 2), ([0, 1], 0)]
     """
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     own = [(batch, len(batch)) for batch in batches[rank::processes]]

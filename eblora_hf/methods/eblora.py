@@ -28,6 +28,11 @@ def initial_scale(depth: int | None, num_layers: int, alpha: float, beta: float)
         num_layers (`int`): Number L of transformer blocks; a single block gets -α.
         alpha (`float`): Absolute value at the first block.
         beta (`float`): How much larger it is at the last block.
+
+    Example:
+
+    >>> [round(initial_scale(depth, 3, alpha=0.002, beta=0.008), 3) for depth in (0, 1, 2)]
+    [-0.002, -0.006, -0.01]
     """
     if depth is None:
         return _SCALE_OUTSIDE_BLOCKS

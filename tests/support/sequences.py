@@ -19,8 +19,10 @@ def adapter(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def append(sequence: PublishedSequence, name: str, seed: int):
-    extensions = {LAYER: BasisExtension(orthonormal(32, 12, 7, torch.float32)[:, 4 * seed : 4 * seed + 4], 0.99)}
+def append(sequence: PublishedSequence, name: str, seed: int, extensions: dict | None = None):
+    columns = orthonormal(32, 12, 7, torch.float32)[:, 4 * seed : 4 * seed + 4]
+    if extensions is None:
+        extensions = {LAYER: BasisExtension(columns, 0.99)}
     return sequence.append(
         name,
         adapter(seed),
