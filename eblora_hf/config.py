@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
     Rate = float | str  # a number or "auto"
@@ -78,10 +78,10 @@ class EBLoRAConfig:
         default="auto", metadata={"help": "Learning rate of the scales s, or 'auto' (1.2 / steps)."}
     )
     scale_weight_decay: float = dataclasses.field(default=0.0, metadata={"help": "Decoupled weight decay of s."})
-    basis_from: Optional[Literal["gradients", "token-gradients", "features"]] = dataclasses.field(  # noqa: UP045
+    basis_from: Literal["gradients", "token-gradients", "features"] | None = dataclasses.field(
         default=None, metadata={"help": "What a basis is grown from; by default as suits the method."}
     )
-    energy_threshold: Optional[float] = dataclasses.field(  # noqa: UP045
+    energy_threshold: float | None = dataclasses.field(
         default=None, metadata={"help": "Share of that energy a basis must hold; by default 0.99 or 0.97."}
     )
     weight_energy: float = dataclasses.field(
@@ -109,7 +109,7 @@ class EBLoRAConfig:
     snapshot_offload: bool = dataclasses.field(
         default=False, metadata={"help": "Sum snapshots in the memory of the CPU."}
     )
-    snapshot_sketch: Optional[int] = dataclasses.field(  # noqa: UP045
+    snapshot_sketch: int | None = dataclasses.field(
         default=None, metadata={"help": "Keep sketches of so many columns of a snapshot's matrices."}
     )
     earlier_tasks_error: float = dataclasses.field(
@@ -121,7 +121,7 @@ class EBLoRAConfig:
     init_scale_beta: float = dataclasses.field(
         default=0.008, metadata={"help": "How much larger |s| is at the last block."}
     )
-    num_layers: Optional[int] = dataclasses.field(  # noqa: UP045 - HfArgumentParser needs it on Python 3.10
+    num_layers: int | None = dataclasses.field(
         default=None, metadata={"help": "Number of blocks in the rule for |s|; by default the model's own."}
     )
     tangent: Literal["orthogonal", "canonical"] = dataclasses.field(
