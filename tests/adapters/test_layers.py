@@ -21,7 +21,7 @@ def layers_of(kind: str, **config):
         ("gpt2", 8, {"transformer.h.1.attn.c_attn": 1, "transformer.h.0.mlp.c_fc": 0}, 2),
         # encoder and decoder are one chain
         ("t5", 32, {"encoder.block.1.layer.0.SelfAttention.q": 1, "decoder.block.0.layer.1.EncDecAttention.k": 2}, 4),
-        ("vit", 24, {"vit.layers.3.mlp.fc2": 3}, 4),
+        ("vit", 24, {}, 4),  # whose names differ from release to release
     ],
 )
 def test_names_and_depth(kind, count, some, num_blocks):
@@ -31,7 +31,7 @@ def test_names_and_depth(kind, count, some, num_blocks):
     assert len(in_blocks) == count
     for name, depth in some.items():
         assert in_blocks[name].depth == depth
-        assert in_blocks[name].num_blocks == num_blocks
+    assert all(layer.num_blocks == num_blocks for layer in in_blocks.values())
     assert {layer.depth for layer in in_blocks.values()} == set(range(num_blocks))
 
 

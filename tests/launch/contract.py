@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from tests.launch.fsdp2 import FSDP2OnCPU
-from tests.support.tables.architectures import ARCHITECTURES
-from tests.support.tables.contract import keep_contract
+from tests.support.architectures import ARCHITECTURES
+from tests.support.contract import keep_contract
 
 options = json.loads(sys.argv[1])
 folder, results = Path(options["folder"]), {}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch.fsdp2 import FSDP2OnCPU
-from tests.support.tables.architectures import ARCHITECTURES
-from tests.support.tables.contract import keep_contract
+from tests.support.architectures import ARCHITECTURES
+from tests.support.contract import keep_contract
 from tests.support.tiny import accuracy
 
 folder = Path(sys.argv[1])

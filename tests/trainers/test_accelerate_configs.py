@@ -75,7 +75,7 @@ def test_accelerate_launch_runs_a_script(tmp_path):
     script.write_text(
         "import os\n"
         "from pathlib import Path\n"
-        "from tests.support.tables.contract import keep_contract\n"
+        "from tests.support.contract import keep_contract\n"
         "assert os.environ['ACCELERATE_USE_CPU'].lower() == 'true'\n"
         "keep_contract('Llama', 'float32', Path('.'))\n"
         "print('the contract is kept')\n"

@@ -142,13 +142,13 @@ def test_packing(tmp_path, record_property, strategy):
 
 
 def test_compiled_training_is_the_same(tmp_path):
-    """Apart from rounding."""
+    """Apart from rounding: in entries near zero it is that of the larger ones."""
     deltas = []
     for name, arguments in (("eager", {}), ("compiled", ARGUMENTS["torch_compile"])):
         trainer = keep_contract("Llama", "float32", tmp_path / name, max_steps=4, **arguments)
         deltas.append({n: f.s * f.U @ f.V.T for n, f in trainer.constraint.factors().items()})
     for name, delta in deltas[0].items():
-        torch.testing.assert_close(deltas[1][name], delta, atol=1e-6, rtol=1e-4)
+        assert (deltas[1][name] - delta).norm() <= 1e-4 * delta.norm()
 
 
 @pytest.mark.parametrize("trainer", MODELS)
