@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from .composition import EARLIER_TASKS, AdapterState, compress, factors_of, heads_of, load_adapter, put_earlier_tasks
+from .composition import (
+    EARLIER_TASKS,
+    AdapterState,
+    activate,
+    compress,
+    factors_of,
+    heads_of,
+    load_adapter,
+    put_earlier_tasks,
+)
 from .layers import AdaptedLayer
 
 
@@ -44,7 +53,7 @@ class EarlierTasks:
         Returns:
             `dict`: Their `form` (`"merged"` or `"adapter"`), and the adapter's highest `rank` and its `error`.
         """
-        self.restore()
+        self.take_off(model)
         self._layers, self._state = layers, state
         if self.merge and not any(layer.quantized or torch.finfo(layer.weight.dtype).bits < 32 for layer in layers):
             load_adapter(model, layers[0].adapter, heads_of(state))
@@ -77,11 +86,14 @@ class EarlierTasks:
         """Leaves the model without the earlier tasks."""
         self.restore()
         if EARLIER_TASKS in model.peft_config:
+            adapter = next(name for name in model.active_adapters if name != EARLIER_TASKS)
             model.delete_adapter(EARLIER_TASKS)
+            activate(model, adapter)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts back the weights as they were before a merge."""
         for layer in self._layers:
             if layer.name in self._weights:
-                layer.weight.copy_(self._weights.pop(layer.name))
+                layer.weight.copy_(self._weights[layer.name])
+                del self._weights[layer.name]  # only then: whatever comes in between, it can be done again

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..adapters.layers import AdaptedLayer, is_quantized
+from ..adapters.leftovers import mark_wrapped, take_off_unfinished, trained_adapter, unwrapped
 from ..config import Task, TaskSequence
 from ..manifold.optimizers import check_optimizer, plain_optimizer
 from .fsdp import unsupported_launcher
@@ -100,10 +101,12 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
                 "The model already is a PeftModel, so `peft_config` would be ignored. Remove it, or pass the base "
                 "model (`model.unload()`)."
             )
-        if len(model.active_adapters) != 1:
+        adapter = trained_adapter(model)
+        if adapter is None:
             raise ValueError(
                 f"Expected one active adapter, got {model.active_adapters}: call `model.set_adapter(name)`."
             )
+        take_off_unfinished(model, adapter)
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -115,6 +118,7 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
             "The model has no LoRA adapter. Add one line to the trainer's arguments:\n"
             "    peft_config=LoraConfig(r=16, target_modules='all-linear'),"
         )
+    model = unwrapped(model)
     heads = {*(peft_config.modules_to_save or ()), *_HEADS.get(peft_config.task_type, ())}
     for name, module in model.named_modules():
         saved = name.rpartition(".")[2] in heads
@@ -124,7 +128,9 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
                 "its weights are quantized. Load the model with "
                 f"BitsAndBytesConfig(llm_int8_skip_modules=[{name!r}]), which also works for 4 bits."
             )
-    return get_peft_model(model, peft_config)
+    wrapped = get_peft_model(model, peft_config)
+    mark_wrapped(model)
+    return wrapped
 
 
 def check_layers(layers: list[AdaptedLayer], adapter: str, orthonormal: bool) -> None:

@@ -17,6 +17,7 @@ from ..adapters.composition import concatenate, folded_adapter, heads_of, replac
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.factors import Factors
 from ..adapters.layers import find_layers, keep_differentiable
+from ..adapters.leftovers import begin_run, end_run
 from ..config import EBLoRAConfig, Task, TaskSequence
 from ..manifold.maps import flushed_denormals, multiplies_exactly
 from ..methods.base import Snapshot
@@ -143,7 +144,10 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             raise ValueError("Training needs a train_dataset, got none.")
         with flushed_denormals(self.args.device):
             try:
-                return self._learn_all(self.tasks, resume_from_checkpoint, trial, ignore_keys_for_eval)
+                begin_run(self.model, self.adapter)
+                output = self._learn_all(self.tasks, resume_from_checkpoint, trial, ignore_keys_for_eval)
+                end_run(self.model)
+                return output
             finally:
                 self.earlier_tasks.leave(self.model)
 

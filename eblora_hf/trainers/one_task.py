@@ -39,6 +39,7 @@ def put_fresh_adapter(
     Returns:
         `tuple` of the layers of the fresh adapter, and what [`EarlierTasks.put`] says; empty without finished tasks.
     """
+    earlier_tasks.take_off(model)
     layers, record = find_layers(model, adapter), {}
     if finished:
         record = earlier_tasks.put(model, layers, concatenate(finished))
