@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..published.files import json_bytes, write
 
 METHOD_FILE = "eblora_method.json"  # beside each checkpoint
+TRAINED_FILE = "eblora_trained.json"  # beside the one of a task whose training has ended
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -71,6 +72,16 @@ def checkpoint_to_resume(folder: Path, task: str, resume: str | bool | None, *, 
 def write_method(checkpoint: str | Path, method: str) -> None:
     """Writes the method's name into a checkpoint, for [`check_checkpoint`]."""
     write(Path(checkpoint) / METHOD_FILE, json_bytes(method))
+
+
+def write_trained(checkpoint: str | Path, step: int) -> None:
+    """Writes into a checkpoint that the training of its task ended with that step."""
+    write(Path(checkpoint) / TRAINED_FILE, json_bytes({"step": step}))
+
+
+def is_trained(checkpoint: str | Path) -> bool:
+    """Whether the training of the task had ended: resuming from the checkpoint takes no further step."""
+    return (Path(checkpoint) / TRAINED_FILE).is_file()
 
 
 def check_checkpoint(checkpoint: str, method: str, *, with_optimizer: bool, sharded: bool) -> None:

@@ -9,14 +9,15 @@ import datasets
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import find_executable_batch_size
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
 
 from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
 from ..adapters.factors import load_state, save_state
 from ..adapters.sharding import whole
 from ..manifold.optimizers import plain_optimizer
 from ..methods.base import Snapshot, Snapshots
-from .checkpoints import check_checkpoint, write_method
+from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
 from .fsdp import ShardedMixin
 from .snapshots import take_snapshot
 
@@ -33,6 +34,7 @@ class ConstrainedMixin(ShardedMixin):
             self.constraint.detach()
         self.constraint, self._start = None, start
         self._state: dict[str, torch.Tensor] | None = None
+        self.resumes_trained = False
 
     def start_tensors(self) -> dict[str, torch.Tensor]:
         """What the task starts from: its adapter, and what the constraint is given."""
@@ -116,6 +118,11 @@ class ConstrainedMixin(ShardedMixin):
         """
         Builds the scheduler, and attaches the constraint now that the optimizer and the number of steps are known.
         """
+        if num_training_steps < 1:
+            raise ValueError(
+                f"There is no training step to take (num_train_epochs={self.args.num_train_epochs}, "
+                f"max_steps={self.args.max_steps}): a task that learns nothing is not published."
+            )
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.method.constrained:
             if self.constraint is not None:  # a second attempt with a smaller batch (`auto_find_batch_size`)
@@ -143,6 +150,23 @@ class ConstrainedMixin(ShardedMixin):
             )
         return super().training_step(*args, **kwargs)
 
+    def get_batch_samples(self, *args, **kwargs) -> Any:
+        """The batches of a step; none after the last one, where the parent would resume in mid-epoch with another."""
+        if self.is_trained:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the training of the task has ended: its steps are done, or early stopping has ended it."""
+        stopped_early = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+        return self.resumes_trained or stopped_early or self.state.global_step >= self.state.max_steps
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """No weight decay on orthonormal factors, whose norm is fixed."""
         names = super().get_decay_parameter_names(model)
@@ -163,6 +187,21 @@ class ConstrainedMixin(ShardedMixin):
         if self.is_in_train and self.args.should_save:
             write_method(output_dir or self.args.output_dir, self.eblora_config.method)
 
+    def save_end(self) -> None:
+        """
+        Keeps where training has ended, on all processes at once: whatever fails from here on, resuming redoes only
+        that.
+        """
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        last = last_complete_checkpoint(folder)
+        self.accelerator.wait_for_everyone()  # all have looked before one of them writes
+        if last is None or Path(last).name != f"{PREFIX_CHECKPOINT_DIR}-{step}":
+            self.is_in_train = True
+            self._save_checkpoint(self.model, trial=None)
+            self.is_in_train = False
+        if self.is_trained and self.args.should_save:
+            write_trained(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", step)
+
     def resume_from(self, checkpoint: str) -> None:
         """
         Sets what the constraint of the next training goes on from, which the parent resumes from the same checkpoint.
@@ -181,6 +220,7 @@ class ConstrainedMixin(ShardedMixin):
             state = load_state(checkpoint)
             self.start_from(self.method.resume(self.layers, state))
             self._state = state
+        self.resumes_trained = is_trained(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,8 +1,8 @@
 """`ContinualMixin`: what drives a sequence of tasks through a `Trainer`."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..adapters.composition import concatenate, folded_adapter, heads_of, replace_adapter, with_heads
@@ -32,6 +32,7 @@ from .one_task import as_task, draw_lora_A, joined_output, put_fresh_adapter
 from .opening import check_bases, open_sequence
 from .processes import broadcast_model, check_same_everywhere, spread_over_processes
 from .publisher import Publisher, PublishingMixin
+from .signals import StopRequestedError, listen_again, stops_on_sigterm
 
 logger = logging.get_logger(__name__)
 
@@ -142,18 +143,20 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         """
         if self.tasks is None:
             raise ValueError("Training needs a train_dataset, got none.")
-        with flushed_denormals(self.args.device):
+        self._outputs: list[TrainOutput] = []
+        with flushed_denormals(self.args.device), stops_on_sigterm(self.callback_handler):
             try:
                 begin_run(self.model, self.adapter)
-                output = self._learn_all(self.tasks, resume_from_checkpoint, trial, ignore_keys_for_eval)
-                end_run(self.model)
-                return output
+                self._learn_all(self.tasks, resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except StopRequestedError:
+                logger.warning("SIGTERM: stopped between two trainings. `train(resume_from_checkpoint=True)` goes on.")
             finally:
                 self.earlier_tasks.leave(self.model)
+        return joined_output(self._outputs, self.continual_metrics())
 
     def _learn_all(
         self, tasks: TaskSequence, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None
-    ) -> TrainOutput:
+    ) -> None:
         if not self.is_fsdp_enabled:
             broadcast_model(self.model)  # before the first snapshot, which comes before accelerate does it
         published = self._open_sequence(tasks.names, resuming=bool(resume))
@@ -164,7 +167,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         if self.args.should_save:
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
         pending = [task for task in tasks if task.name not in published.names]
-        outputs, history = [], []
+        history = []
         for task in pending:
             checkpoint = checkpoint_to_resume(
                 self._checkpoint_folder(task),
@@ -172,13 +175,21 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
                 resume if task is pending[0] else None,
                 is_first=not published.tasks,
             )
-            outputs.append(self._learn_task(task, checkpoint, trial, ignore_keys))
+            self._outputs.append(self._learn_task(task, checkpoint, trial, ignore_keys))
             history += self.state.log_history
+            if not self.is_trained:
+                break
         self.state.log_history = history
+        if pending and not self.is_trained:
+            logger.warning(
+                f"Training was stopped at step {self.state.global_step} of {self.state.max_steps} of {task.name!r}, "
+                "which is kept and not published. `train(resume_from_checkpoint=True)` goes on from there."
+            )
+            return
         self._become_sum_of_tasks()
+        end_run(self.model)
         if self.args.should_save:
             self.publisher.finish(published)
-        return joined_output(outputs, self.continual_metrics())
 
     def _open_sequence(self, tasks: list[str], resuming: bool) -> PublishedSequence:
         published = open_sequence(
@@ -202,11 +213,13 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
     def _learn_task(
         self, task: Task, checkpoint: str | None, trial: Any, ignore_keys: list[str] | None
     ) -> TrainOutput:
-        """Learns one task. These are the events of docs/architecture.md, in their order."""
+        """Learns one task: the events of docs/architecture.md in their order, up to a stop in mid-training."""
         seed = self.args.seed + len(self.begun.sequence.tasks)
         self._renew_adapter(task)
         self._start_task(task, seed, checkpoint)
         output = self._train_task(task, seed, checkpoint, trial, ignore_keys)
+        if not self.is_trained:
+            return output
         trained = self._leave_training(task)
         row = self._measure_task(task)
         self._keep_task(task, seed, trained, row)
@@ -251,7 +264,10 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         """The loop of the trainer's parent, with the arguments of the task."""
         set_seed(seed)
         with as_task(self, task, self._checkpoint_folder(task)):
-            return super().train(checkpoint, trial, ignore_keys)
+            listen_again(self.callback_handler)
+            output = super().train(checkpoint, trial, ignore_keys)
+            self.save_end()
+        return output
 
     def _leave_training(self, task: Task) -> tuple[dict[str, Factors], dict[str, Any]]:
         """What training leaves beside the adapter: the factors of a constraint, and how the task was trained."""
@@ -285,20 +301,21 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         """Extends the bases by a snapshot at the trained weights, and appends the task to the sequence."""
         factors, record = trained
         self.unwrap()
-        with self._kept_if_it_fails(task):
-            extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
-            adapter = folded_adapter(self.model, self.layers, factors)
-            columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
-            check_same_everywhere(adapter | columns)
-            self.begun.end_task(
-                adapter,
-                self.model.peft_config[self.adapter],
-                extensions,
-                steps=self.state.global_step,
-                metrics=row,
-                training=record,
-                write=self.args.should_save,
-            )
+        extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
+        adapter = folded_adapter(self.model, self.layers, factors)
+        columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
+        check_same_everywhere(adapter | columns)
+        self.begun.end_task(
+            adapter,
+            self.model.peft_config[self.adapter],
+            extensions,
+            steps=self.state.global_step,
+            metrics=row,
+            training=record,
+            write=self.args.should_save,
+        )
+        if self.args.save_strategy == SaveStrategy.NO and self.args.should_save:
+            shutil.rmtree(self._checkpoint_folder(task), ignore_errors=True)  # it was kept for the case of a failure
 
     def _publish_task(self) -> None:
         """Pushes the sequence, if that was asked for, and has all processes read what one has written."""
@@ -318,21 +335,6 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         """What the method answers of a snapshot of the task, which is let go again."""
         snapshot = self.snapshot(task.train_dataset, seed, of)
         return spread_over_processes(lambda share: answer(share, snapshot, self.bases), self.layers)
-
-    @contextlib.contextmanager
-    def _kept_if_it_fails(self, task: Task) -> Iterator[None]:
-        """
-        Within the context an error leaves a checkpoint of the trained task, from which resuming redoes only the end.
-        """
-        try:
-            yield
-        except Exception:
-            with as_task(self, task, self._checkpoint_folder(task)):
-                self.is_in_train = True
-                self._save_checkpoint(self.model, trial=None)
-                self.is_in_train = False
-            logger.error(f"The task {task.name!r} is trained and kept in {self._checkpoint_folder(task)}.")
-            raise
 
     def _become_sum_of_tasks(self) -> None:
         """

@@ -43,6 +43,7 @@ class TrainerSurface(Trainer):
     tasks: TaskSequence | None
     constraint: StepHooks | None = None
     task_callback: TaskSequenceCallback | None = None
+    resumes_trained = False  # from a checkpoint of a task whose training had ended
 
     @property
     def begun(self) -> TaskSequenceCallback:
