@@ -1,6 +1,7 @@
 """The index of a published sequence: what it says, and what of it is believed."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ class TaskRecord:
     def check(self, position: int) -> None:
         """Raises a `ValueError` if a name or path in it is not what `append` writes at that position."""
         Task(self.name, train_dataset=())  # the name is safe
+        for field_name in ("rank", "steps"):
+            value = getattr(self, field_name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"task {self.name!r} has {field_name}={value!r}, expected a whole number")
+        if not isinstance(self.created, str) or not isinstance(self.metrics, dict) or not isinstance(self.files, dict):
+            raise ValueError(f"task {self.name!r}: expected text in 'created', and 'metrics' and 'files' by name")
+        for key, value in self.metrics.items():
+            if not isinstance(key, str) or type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"task {self.name!r} has the metric {key!r}: {value!r}, expected a finite number")
         if self.folder != f"tasks/{position:02d}-{self.name}":
             raise ValueError(
                 f"task {self.name!r} lies in {self.folder!r} instead of 'tasks/{position:02d}-{self.name}'"
@@ -47,6 +57,14 @@ class TaskRecord:
         needed = {f"{self.folder}/{file}" for file in (ADAPTER, ADAPTER_CONFIG, TRAINING)}
         if not needed <= set(self.files) <= needed | {f"{self.folder}/{SUBSPACE}"}:
             raise ValueError(f"task {self.name!r} lists the files {sorted(self.files)}, expected {sorted(needed)}")
+
+
+def check_tasks(tasks: list[TaskRecord]) -> None:
+    """Raises a `ValueError` for tasks that an index cannot have: what is written is checked by what reads it."""
+    for position, task in enumerate(tasks):
+        task.check(position)
+    if len({task.name.lower() for task in tasks}) < len(tasks):
+        raise ValueError("two tasks have one name, or names that differ in case only")
 
 
 @dataclass
@@ -69,13 +87,12 @@ class Index:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["format_version"]
+            if type(version) is not int or version < 1:
+                raise ValueError(f"format version {version!r} is none")
             if version > FORMAT_VERSION:
                 raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
             tasks = [TaskRecord(**task) for task in content["tasks"]]
-            for position, task in enumerate(tasks):
-                task.check(position)
-            if len({task.name.lower() for task in tasks}) < len(tasks):
-                raise ValueError("two tasks have one name")
+            check_tasks(tasks)
             files = {name: content["files"][name] for name in (ADAPTER, ADAPTER_CONFIG)}
             return cls(content["base_model"], content["bases"], files, tasks)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -28,9 +28,11 @@ from transformers.utils import logging
 
 from ..adapters.composition import AdapterState, concatenate, factors_of, folded_config
 from ..memory.basis import BasisExtension, join_basis
-from .files import json_bytes, sha256, sync_folder, tensor_bytes, write
+from .checks import check_finite, check_new_names, matches, verify
+from .files import json_bytes, sync_folder, temporary_name, tensor_bytes, write
 from .identity import describe_base_model
-from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
+from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord, check_tasks
+from .locks import one_writer
 
 logger = logging.get_logger(__name__)
 
@@ -85,11 +87,11 @@ class PublishedSequence:
         for task in index.tasks:
             for name, digest in task.files.items():
                 if not name.endswith(SUBSPACE) or sequence.bases_at == "included" or (sequence.folder / name).exists():
-                    _verify(sequence.folder / name, digest, f"of the task {task.name!r}")
-        if repair and any(not _matches(sequence.folder / name, digest) for name, digest in index.files.items()):
+                    verify(sequence.folder / name, digest, f"of the task {task.name!r}")
+        if repair and any(not matches(sequence.folder / name, digest) for name, digest in index.files.items()):
             sequence.write_root()
         for name, digest in index.files.items():
-            _verify(sequence.folder / name, digest, "of all tasks")
+            verify(sequence.folder / name, digest, "of all tasks")
         return sequence
 
     def check_base_model(self, model: nn.Module) -> None:
@@ -241,9 +243,8 @@ class PublishedSequence:
             ValueError: if the sequence has a task of that name, or other layers, or its folder holds tasks that it
             does not know; nothing is written then.
         """
-        if name in self.names:
-            raise ValueError(f"The sequence in {self.folder} already has a task {name!r}; choose another name.")
-        self.check_strays(name)
+        check_new_names([name], self.names, self.folder)
+        check_finite(name, adapter, extensions)
         concatenate([*self.adapters(), adapter])  # raises for other layers, before anything is written
         task_config = folded_config(config, adapter)
         files = {
@@ -267,19 +268,35 @@ class PublishedSequence:
             metrics=metrics,
             files={f"{folder}/{file}": hashlib.sha256(data).hexdigest() for file, data in files.items()},
         )
-        final = self.folder / folder
-        temporary = final.with_name(f".{final.name}.tmp")
-        for leftover in (temporary, final):  # of a run that was killed before the index knew about it
-            shutil.rmtree(leftover, ignore_errors=True)
-        for file, data in files.items():
-            write(temporary / file, data)
-        os.replace(temporary, final)
-        sync_folder(final.parent)
         grown = PublishedSequence(self.folder, self.base_model, [*self.tasks, record], bases=self.bases_at)
-        for file, data in grown.state_after(len(grown.tasks)).items():  # the index last
-            write(self.folder / file, data)
+        check_tasks(grown.tasks)
+        with one_writer(self.folder, "append", patience=60.0):
+            self._check_unchanged()
+            self.check_strays(name)
+            final = self.folder / folder
+            # of a run that was killed before the index knew about it
+            for leftover in (final, *final.parent.glob(".*.tmp")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary = temporary_name(final)
+            for file, data in files.items():
+                write(temporary / file, data)
+            os.replace(temporary, final)
+            sync_folder(final.parent)
+            for file, data in grown.state_after(len(grown.tasks)).items():  # the index last
+                write(self.folder / file, data)
         self.tasks.append(record)
         return record
+
+    def _check_unchanged(self) -> None:
+        """Raises a `ValueError` if another process has appended a task since this one has read the index."""
+        path = self.folder / INDEX
+        on_disk = Index.read(path).tasks if path.is_file() else []
+        if [vars(task) for task in on_disk] != [vars(task) for task in self.tasks]:
+            raise ValueError(
+                f"Another process has changed the sequence in {self.folder}: it has the tasks "
+                f"{', '.join(task.name for task in on_disk) or 'none'}, and had {', '.join(self.names) or 'none'}. "
+                "Nothing was appended. Open it again, and go on from what is there."
+            )
 
     def state_after(self, count: int) -> dict[str, bytes]:
         """
@@ -326,17 +343,3 @@ class PublishedSequence:
                     write(copied.folder / name, (source / name).read_bytes())
         copied.write_root()
         return PublishedSequence.open(folder)
-
-
-def _verify(path: Path, digest: str, whose: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} {whose} is missing; restore it from a copy of the sequence.")
-    if sha256(path) != digest:
-        raise ValueError(
-            f"{path} {whose} was changed after it was published (its sha256 differs from the index). Restore it from "
-            "a copy of the sequence; if a training run was killed here, run it again."
-        )
-
-
-def _matches(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest

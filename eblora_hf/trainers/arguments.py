@@ -158,6 +158,26 @@ def check_layers(layers: list[AdaptedLayer], adapter: str, orthonormal: bool) ->
             )
 
 
+def check_frozen(model: PeftModel) -> None:
+    """
+    Raises if something is trained that would not be published: anything but LoRA and the `modules_to_save`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    stray = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
+    ]
+    if stray:
+        raise ValueError(
+            f"{len(stray)} parameters of the base model are trainable, {stray[0]} for one. They would be trained and "
+            "not published, and no task is protected from them. Freeze them (`requires_grad_(False)`), or name their "
+            "module in LoraConfig(modules_to_save=[…])."
+        )
+
+
 def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence | None:
     """Reads the tasks out of the trainer's data arguments, and leaves there what the parent's constructor expects."""
     train, evaluation = arguments.get("train_dataset"), arguments.get("eval_dataset")

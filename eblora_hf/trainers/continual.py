@@ -22,8 +22,9 @@ from ..config import EBLoRAConfig, Task, TaskSequence
 from ..manifold.maps import flushed_denormals, multiplies_exactly
 from ..methods.base import Snapshot
 from ..methods.build import build_method
+from ..published.locks import one_writer
 from ..published.sequence import PublishedSequence
-from .arguments import by_name, check_layers, check_set_up, read_tasks, with_adapter
+from .arguments import by_name, check_frozen, check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback, training_record
 from .checkpoints import checkpoint_to_resume
 from .constrained import ConstrainedMixin
@@ -89,6 +90,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             self.adapter = model.active_adapters[0]
             self.layers = find_layers(model, self.adapter)
             keep_differentiable(model)
+            check_frozen(model)
             check_layers(self.layers, self.adapter, self.method.orthonormal or not self.method.trains_lora_A)
             self.tasks = read_tasks(arguments, task_name)
             if arguments.get("args") is None:
@@ -168,17 +170,14 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
         pending = [task for task in tasks if task.name not in published.names]
         history = []
-        for task in pending:
-            checkpoint = checkpoint_to_resume(
-                self._checkpoint_folder(task),
-                task.name,
-                resume if task is pending[0] else None,
-                is_first=not published.tasks,
-            )
-            self._outputs.append(self._learn_task(task, checkpoint, trial, ignore_keys))
-            history += self.state.log_history
-            if not self.is_trained:
-                break
+        with one_writer(published.folder, "run", writes=self.args.should_save):
+            for task in pending:
+                folder, resumed = self._checkpoint_folder(task), resume if task is pending[0] else None
+                checkpoint = checkpoint_to_resume(folder, task.name, resumed, is_first=not published.tasks)
+                self._outputs.append(self._learn_task(task, checkpoint, trial, ignore_keys))
+                history += self.state.log_history
+                if not self.is_trained:
+                    break
         self.state.log_history = history
         if pending and not self.is_trained:
             logger.warning(

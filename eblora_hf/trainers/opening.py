@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..published.checks import check_new_names
 from ..published.hub import check_beginning, fetch_sequence
 from ..published.identity import describe_base_model
 from ..published.sequence import PublishedSequence
@@ -73,6 +74,7 @@ def open_sequence(
             f"The sequence in {folder} already has the task(s) {', '.join(sorted(taken))}: give new tasks new names "
             "(`task_name=…` or the keys of `train_dataset`)."
         )
+    check_new_names(pending, published.names, folder)
     return published
 
 
