@@ -8,8 +8,7 @@ updates is then their concatenation, A stacked along its rows and B along its co
 
 import contextlib
 import copy
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,13 +18,11 @@ from transformers.utils import logging
 from .factors import Factors, decompose_product
 from .layers import AdaptedLayer, find_layers
 from .sharding import is_sharded, scatter, whole
+from .states import AdapterState, factor_key, factors_of, folded_config, heads_of, ranked_config, target_exactly
 
 logger = logging.get_logger(__name__)
 
 EARLIER_TASKS = "earlier_tasks"
-_PREFIX = "base_model.model."
-
-AdapterState = dict[str, torch.Tensor]
 
 
 def folded_adapter(
@@ -60,34 +57,6 @@ def folded_adapter(
 def adapter_state(model: PeftModel, adapter: str) -> AdapterState:
     """The tensors of an adapter as they are, sharded if the model's are."""
     return get_peft_model_state_dict(model, adapter_name=adapter)
-
-
-def folded_config(config: LoraConfig, adapter: AdapterState) -> LoraConfig:
-    """
-    The configuration of a folded adapter: ranks read from its tensors, every scaling 1.
-
-    Args:
-        config (`LoraConfig`): The configuration the adapter was trained with.
-        adapter (`dict[str, torch.Tensor]`): A folded adapter, or a concatenation of some.
-    """
-    ranks = {name: tensor.shape[0] for name, tensor in factors_of(adapter, "lora_A").items()}
-    folded = _ranked(config, ranks)
-    folded.lora_dropout = 0.0
-    folded.init_lora_weights = True
-    folded.inference_mode = True
-    return folded
-
-
-def _ranked(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-    """The configuration with a rank per layer name and every scaling 1."""
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    ranked = copy.deepcopy(config)
-    ranked.r = ranked.lora_alpha = common
-    # anchored: PEFT would take a bare name for every layer that ends in it
-    ranked.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
-    ranked.alpha_pattern = dict(ranked.rank_pattern)
-    ranked.use_rslora = False
-    return ranked
 
 
 def concatenate(adapters: list[AdapterState]) -> AdapterState:
@@ -160,7 +129,7 @@ def put_earlier_tasks(model: PeftModel, adapter: str, earlier: AdapterState) -> 
     earlier = {key: value for key, value in earlier.items() if key not in heads}
     config = folded_config(model.peft_config[adapter], earlier)
     config.modules_to_save = None  # one owner of the head among the active adapters
-    _target_exactly(config, factors_of(earlier, "lora_A"))
+    target_exactly(config, factors_of(earlier, "lora_A"))
     # not model.add_adapter: task-specific classes would add their head to the configuration
     PeftModel.add_adapter(model, EARLIER_TASKS, config)
     load_adapter(model, EARLIER_TASKS, earlier)
@@ -186,7 +155,7 @@ def set_ranks(model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
     """
     heads = heads_of(adapter_state(model, adapter))
     heads = {key: value.detach().clone() for key, value in heads.items()}
-    _renew(model, adapter, _ranked(model.peft_config[adapter], ranks))
+    _renew(model, adapter, ranked_config(model.peft_config[adapter], ranks))
     load_adapter(model, adapter, heads)
     activate(model, adapter)
 
@@ -223,19 +192,13 @@ def _renew(model: PeftModel, adapter: str, config: LoraConfig) -> None:
     stand_in = "replaced"  # PEFT wants one adapter to be active at any time
     small = copy.deepcopy(config)
     small.r, small.rank_pattern, small.alpha_pattern, small.modules_to_save = 1, {}, {}, None
-    _target_exactly(small, [layer.name for layer in find_layers(model, adapter)])
+    target_exactly(small, [layer.name for layer in find_layers(model, adapter)])
     PeftModel.add_adapter(model, stand_in, small)
     model.set_adapter(stand_in)
     model.delete_adapter(adapter)
     model.add_adapter(adapter, config)
     model.set_adapter(adapter)
     model.delete_adapter(stand_in)
-
-
-def _target_exactly(config: LoraConfig, names: Iterable[str]) -> None:
-    """Targets these layers alone: `"all-linear"` was resolved to names that also match a head, now wrapped by PEFT."""
-    config.target_modules = "|".join(re.escape(name) for name in names)  # PEFT wants a full match of a string
-    config.exclude_modules = None
 
 
 def merge_into_base(model: PeftModel, *, allow_lossy: bool = False) -> nn.Module:
@@ -287,11 +250,6 @@ def _kept_share(layer: AdaptedLayer) -> float:
     return ((change * delta).sum() / delta.square().sum().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
 
-def heads_of(adapter: AdapterState) -> AdapterState:
-    """The `modules_to_save` in an adapter: all that is not a LoRA factor."""
-    return {key: value for key, value in adapter.items() if ".lora_A." not in key and ".lora_B." not in key}
-
-
 @contextlib.contextmanager
 def with_heads(model: PeftModel, adapter: str, heads: AdapterState) -> Iterator[None]:
     """Within the context the adapter has other `modules_to_save`; an empty `heads` changes nothing."""
@@ -320,21 +278,3 @@ def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
             f"The adapter does not fit the model, which has no {', '.join(unexpected)}. Load the base "
             "model and the `target_modules` that it was trained with."
         )
-
-
-def factor_key(layer: str, kind: str) -> str:
-    """PEFT's name of a factor, `"lora_A"` or `"lora_B"`, of a layer."""
-    return f"{_PREFIX}{layer}.{kind}.weight"
-
-
-def in_full(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def factors_of(adapter: AdapterState, kind: str) -> AdapterState:
-    """lora_A or lora_B of an adapter by layer name."""
-    suffix = f".{kind}.weight"
-    return {
-        key.removeprefix(_PREFIX).removesuffix(suffix): value for key, value in adapter.items() if key.endswith(suffix)
-    }

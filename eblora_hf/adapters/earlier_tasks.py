@@ -5,17 +5,9 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from .composition import (
-    EARLIER_TASKS,
-    AdapterState,
-    activate,
-    compress,
-    factors_of,
-    heads_of,
-    load_adapter,
-    put_earlier_tasks,
-)
+from .composition import EARLIER_TASKS, activate, compress, load_adapter, put_earlier_tasks
 from .layers import AdaptedLayer
+from .states import AdapterState, factors_of, heads_of
 
 
 @dataclass

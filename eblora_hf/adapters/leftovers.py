@@ -6,9 +6,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .composition import EARLIER_TASKS, activate, adapter_state, heads_of, load_adapter
+from .composition import EARLIER_TASKS, activate, adapter_state, load_adapter
 from .layers import find_layers
 from .sharding import whole
+from .states import heads_of
 
 _WRAPPED = "_eblora_wrapped"  # on a base model: we have put its LoRA layers there
 _UNFINISHED = "_eblora_unfinished"  # on a PeftModel: a run has begun on it and not ended; its heads before that run

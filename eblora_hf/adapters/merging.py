@@ -2,8 +2,9 @@
 
 import math
 
-from .composition import AdapterState, concatenate, factor_key, factors_of
+from .composition import concatenate
 from .smoothing import smooth_adapter
+from .states import AdapterState, factor_key, factors_of
 
 
 def merge_adapters(adapters: list[AdapterState], *, weight: float = 1.0, smooth: str = "none") -> AdapterState:

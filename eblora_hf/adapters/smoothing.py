@@ -2,8 +2,8 @@
 
 import torch
 
-from .composition import AdapterState, factor_key, factors_of, in_full
 from .factors import decompose_product
+from .states import AdapterState, factor_key, factors_of, in_full
 
 EQUAL = ("sum", "frobenius")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .composition import AdapterState, factors_of
 from .factors import decompose_product
+from .states import AdapterState, factors_of
 
 
 @dataclass(frozen=True)

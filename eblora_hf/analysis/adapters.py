@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..adapters.composition import AdapterState, factor_key, factors_of, folded_config, in_full
+from ..adapters.states import AdapterState, factor_key, factors_of, folded_config, in_full
 from ..published.files import tensor_bytes, write
 from ..published.index import ADAPTER, ADAPTER_CONFIG
 

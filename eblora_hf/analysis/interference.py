@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.composition import concatenate, heads_of, with_heads
+from ..adapters.composition import concatenate, with_heads
+from ..adapters.states import heads_of
 from ..memory.basis import check_gradient
 from ..published.hub import fetch_sequence
 from ..published.sequence import PublishedSequence

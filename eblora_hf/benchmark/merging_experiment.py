@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapters.composition import AdapterState, factors_of
 from ..adapters.merging import merge_adapters
+from ..adapters.states import AdapterState, factors_of
 from ..config import EBLoRAConfig
 from .digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
 from .protocol import TUNING, quiet, train, training_arguments

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..adapters.composition import heads_of
+from ..adapters.states import heads_of
 from ..metrics import FORMULAS, accuracy_matrix, continual_metrics
 from .index import TRAINING
 from .sequence import PublishedSequence

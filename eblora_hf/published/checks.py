@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.composition import AdapterState
+from ..adapters.states import AdapterState
 from ..memory.basis import BasisExtension
 from .files import sha256
 

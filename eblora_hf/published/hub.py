@@ -19,7 +19,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.utils import logging
 
-from ..adapters.composition import concatenate, folded_config, heads_of, load_adapter
+from ..adapters.composition import concatenate, load_adapter
+from ..adapters.states import folded_config, heads_of
 from .index import INDEX, SUBSPACE, Index, TaskRecord
 from .sequence import PublishedSequence
 

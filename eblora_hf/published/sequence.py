@@ -26,7 +26,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from ..adapters.composition import AdapterState, concatenate, factors_of, folded_config
+from ..adapters.composition import concatenate
+from ..adapters.states import AdapterState, factors_of, folded_config
 from ..memory.basis import BasisExtension, join_basis
 from .checks import check_finite, check_new_names, matches, verify
 from .files import json_bytes, sync_folder, temporary_name, tensor_bytes, write

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..adapters.composition import AdapterState
+from ..adapters.states import AdapterState
 from ..config import EBLoRAConfig, Task
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis

@@ -13,11 +13,12 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from ..adapters.composition import concatenate, folded_adapter, heads_of, replace_adapter, with_heads
+from ..adapters.composition import concatenate, folded_adapter, replace_adapter, with_heads
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.factors import Factors
 from ..adapters.layers import find_layers, keep_differentiable
 from ..adapters.leftovers import begin_run, end_run
+from ..adapters.states import heads_of
 from ..config import EBLoRAConfig, Task, TaskSequence
 from ..manifold.maps import flushed_denormals, multiplies_exactly
 from ..methods.base import Snapshot

@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 
-from ..adapters.composition import AdapterState, concatenate, set_ranks
+from ..adapters.composition import concatenate, set_ranks
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.layers import AdaptedLayer, find_layers
 from ..adapters.sharding import scatter
+from ..adapters.states import AdapterState
 from ..config import Task
 from ..methods.base import Method
 from ..methods.build import build_method

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from eblora_hf.adapters.composition import AdapterState
 from eblora_hf.adapters.earlier_tasks import EarlierTasks
 from eblora_hf.adapters.layers import AdaptedLayer, find_layers
+from eblora_hf.adapters.states import AdapterState
 
 from .models import batch_of, make_llama, with_lora
 from .timing import interleaved, orthonormal

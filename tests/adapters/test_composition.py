@@ -9,13 +9,13 @@ from eblora_hf.adapters.composition import (
     EARLIER_TASKS,
     concatenate,
     folded_adapter,
-    folded_config,
     merge_into_base,
     put_earlier_tasks,
     replace_adapter,
 )
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.adapters.spectra import mean_sigma_ratio, singular_values
+from eblora_hf.adapters.states import folded_config
 
 from ..support.tiny import lora, make_model, make_text_data, orthonormal
 

@@ -8,9 +8,10 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from eblora_hf import EBLoRAConfig, PublishedSequence
-from eblora_hf.adapters.composition import EARLIER_TASKS, compress, factors_of
+from eblora_hf.adapters.composition import EARLIER_TASKS, compress
 from eblora_hf.adapters.earlier_tasks import EarlierTasks
 from eblora_hf.adapters.layers import find_layers
+from eblora_hf.adapters.states import factors_of
 from eblora_hf.manifold import maps
 from eblora_hf.trainers import continual as trainer_module
 

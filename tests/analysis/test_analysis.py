@@ -26,11 +26,12 @@ from eblora_hf import (
     push_sequence,
     smooth_adapter,
 )
-from eblora_hf.adapters.composition import factors_of, load_adapter
+from eblora_hf.adapters.composition import load_adapter
 from eblora_hf.adapters.factors import decompose_product
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.adapters.merging import merge_adapters
 from eblora_hf.adapters.spectra import singular_values, summarise
+from eblora_hf.adapters.states import factors_of
 from eblora_hf.analysis.adapters import read_adapter
 from eblora_hf.analysis.interference import interference
 from eblora_hf.benchmark import digits, merging_experiment

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, Task, TaskSequence
-from eblora_hf.adapters.composition import heads_of, with_heads
+from eblora_hf.adapters.composition import with_heads
 from eblora_hf.adapters.layers import find_layers
+from eblora_hf.adapters.states import heads_of
 from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 
