@@ -55,8 +55,12 @@ def folded_adapter(
 
 
 def adapter_state(model: PeftModel, adapter: str) -> AdapterState:
-    """The tensors of an adapter as they are, sharded if the model's are."""
-    return get_peft_model_state_dict(model, adapter_name=adapter)
+    """
+    The tensors of an adapter as they are, sharded if the model's are: its factors and `modules_to_save`.
+
+    PEFT would add the base weights of embeddings and of an output layer with LoRA on it, which are no part of it.
+    """
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def concatenate(adapters: list[AdapterState]) -> AdapterState:

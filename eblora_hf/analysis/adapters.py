@@ -1,37 +1,24 @@
 """PEFT LoRA adapters as files: read from a folder or the Hub with their scaling folded in, written for stock PEFT."""
 
-import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
-import torch
+import regex  # type: ignore[import-untyped]  # has time-outs, which re has not
 from huggingface_hub import file_exists, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from ..adapters.states import AdapterState, factor_key, factors_of, folded_config, in_full
+from ..published.adapter_files import check_factors, config_of, read_adapter_file, read_tensors, readable_targets
 from ..published.files import tensor_bytes, write
 from ..published.index import ADAPTER, ADAPTER_CONFIG
+from ..published.schema import AdapterFile
 
 _PICKLE = "adapter_model.bin"
-_FACTOR = r"base_model\.model\..+\.lora_[AB]\.weight"
-# options with which the update is more, or other, than γ B A on a weight of the base model
-_OTHER_UPDATES = {
-    "use_dora": "DoRA rescales every row of the weight",
-    "lora_bias": "lora_B has a bias",
-    "use_qalora": "QALoRA pools the inputs of lora_A",
-    "use_bdlora": "BD-LoRA has block-diagonal factors",
-    "alora_invocation_tokens": "aLoRA acts on a part of the tokens",
-    "arrow_config": "Arrow routes tokens to several adapters",
-    "kasa_config": "KaSA changes the base weights",
-    "target_parameters": "its factors belong to bare parameters, not to linear layers",
-    "layer_replication": "several adapters share one weight",
-    "trainable_token_indices": "trained token embeddings are not a LoRA update",
-}
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PATIENCE = 2.0  # seconds for the patterns of a configuration, which may come from anywhere
 
 
 @dataclass(frozen=True)
@@ -68,14 +55,7 @@ def read_adapter(source: str | Path) -> Adapter:
     folder, pickled = _fetch(str(source))
     if not (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{source} holds no adapter: there is no {ADAPTER_CONFIG} in it.")
-    try:
-        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{source}: {ADAPTER_CONFIG} is not a readable configuration ({error}).") from error
-    if kind != "LORA":
-        raise ValueError(f"{source} is a {kind} adapter, expected LORA: only LoRA has the update ΔW = γ B A.")
-    config = LoraConfig.from_pretrained(str(folder))
-    _check_config(config, source)
+    file = read_adapter_file(folder / ADAPTER_CONFIG)
     if pickled:
         raise ValueError(
             f"{source} has its weights in {_PICKLE}, a pickle, which can run code when it is read. Load it with PEFT "
@@ -83,11 +63,10 @@ def read_adapter(source: str | Path) -> Adapter:
         )
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{source} has a configuration but no weights: there is no {ADAPTER} in it.")
-    try:
-        state = safetensors.torch.load_file(folder / ADAPTER)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{source}: {ADAPTER} is damaged ({error}).") from error
-    return Adapter(str(source), config, _folded(state, config, source))
+    state = read_tensors(folder / ADAPTER)
+    check_factors(state, source)
+    config = readable_targets(config_of(file, state), file)
+    return Adapter(str(source), config, _folded(state, file, source))
 
 
 def write_adapter(folder: Path, config: LoraConfig, state: AdapterState) -> None:
@@ -153,43 +132,48 @@ def _fetch(source: str) -> tuple[Path, bool]:
         raise FileNotFoundError(f"{repo} has no revision {revision!r} on the Hub.") from error
 
 
-def _check_config(config: LoraConfig, source: str | Path) -> None:
-    for option, reason in _OTHER_UPDATES.items():
-        if getattr(config, option, None):
-            raise ValueError(f"{source} is not plain LoRA ({option}): {reason}.")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
-        raise ValueError(
-            f"{source} was trained with init_lora_weights={init!r}, which changes the base weights: its factors are "
-            "not an update of the base model. Convert it with PEFT's "
-            "`save_pretrained(..., path_initial_model_for_weight_conversion=…)` first."
-        )
-
-
-def _folded(state: AdapterState, config: LoraConfig, source: str | Path) -> AdapterState:
-    """The state with γ in lora_B. Raises a `ValueError` for what is not a pair of factors of the configured rank."""
+def _folded(state: AdapterState, file: AdapterFile, source: str | Path) -> AdapterState:
+    """The state with γ in lora_B. Raises a `ValueError` if its ranks are not those of the configuration."""
     lora_a, lora_b = factors_of(state, "lora_A"), factors_of(state, "lora_B")
-    strange = [key for key in state if ".lora_" in key and not re.fullmatch(_FACTOR, key)]
-    strange += lora_a.keys() ^ lora_b.keys()
-    if strange or not lora_a:
-        found = f"has {', '.join(sorted(strange))}" if strange else "has no LoRA factor"
-        raise ValueError(f"{source} {found}: expected LoRA on linear layers, lora_A.weight and lora_B.weight of each.")
+    ranks = _by_layer(file.rank_pattern or {}, list(lora_a), file.r, source)
+    alphas = _by_layer(file.alpha_pattern or {}, list(lora_a), file.lora_alpha, source)
     folded = dict(state)
     for name, a in lora_a.items():
-        b = lora_b[name]
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
+        b, rank = lora_b[name], ranks[name]
+        if a.shape[0] != rank:
             raise ValueError(
                 f"{source}: {name} has factors B {tuple(b.shape)} and A {tuple(a.shape)}, expected (d_out, {rank}) "
                 f"and ({rank}, d_in): {rank} is its rank by {ADAPTER_CONFIG}."
             )
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError(f"{source}: the factors of {name} are not finite (inf or NaN).")
-        scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
+        scaling = alphas[name] / rank**0.5 if file.use_rslora else alphas[name] / rank
         folded[factor_key(name, "lora_A")] = in_full(a)
         folded[factor_key(name, "lora_B")] = in_full(b) * scaling
     return folded
+
+
+def _by_layer(patterns: dict[str, Any], names: list[str], default: Any, source: str | Path) -> dict[str, Any]:
+    """
+    The value of each layer by PEFT's rule: that of the first pattern which its name, or the end of it, matches.
+
+    Raises:
+        ValueError: for what is no regular expression, or takes too long to match.
+    """
+    end = time.monotonic() + _PATIENCE
+    found = {}
+    for name in names:
+        found[name] = default
+        for pattern, value in patterns.items():
+            try:
+                match = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(end - time.monotonic(), 1e-3))
+            except (regex.error, TimeoutError) as error:
+                raise ValueError(
+                    f"{source}: the pattern {pattern!r:.80} in {ADAPTER_CONFIG} is no regular expression, or takes "
+                    "too long to match."
+                ) from error
+            if match:
+                found[name] = value
+                break
+    return found
 
 
 def _shapes(adapter: AdapterState) -> dict[str, tuple[int, int]]:

@@ -1,15 +1,15 @@
 """The model card of a published sequence, from the template in `model_cards/`."""
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..adapters.states import heads_of
 from ..metrics import FORMULAS, accuracy_matrix, continual_metrics
-from .index import TRAINING
+from .schema import TrainingRecord
 from .sequence import PublishedSequence
 
 _TASK_TYPES = {  # endings of transformers' class names, for the evaluation results
@@ -39,7 +39,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
     matrix = accuracy_matrix(sequence.names, [task.metrics for task in sequence.tasks])
     measured = not math.isnan(matrix[-1][-1])
     metrics = {name: value for name, value in continual_metrics(matrix).items() if not math.isnan(value)}
-    records = [json.loads((sequence.folder / task.folder / TRAINING).read_text()) for task in sequence.tasks]
+    records = sequence.training()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_template("sequence.md.jinja")).render(
         metadata=_metadata(sequence, repo_id, licence).to_yaml(),
@@ -54,7 +54,8 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         matrix=[[f"{value:.4g}" for value in row] for row in matrix] if measured else None,
         metrics=[(name, f"{value:.4g}", FORMULAS[name]) for name, value in metrics.items()],
         training=[_training_row(task.name, record) for task, record in zip(sequence.tasks, records, strict=True)],
-        versions=", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items()),
+        versions=", ".join(f"{name} {number}" for name, number in records[-1].get("versions", {}).items())
+        or "not stated",
         bases=sequence.bases_at,
         licence_text=f"`{licence}`" if licence else "Not stated. **Please fill in `license`.**",
     )
@@ -109,13 +110,12 @@ def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None) ->
     )
 
 
-def _training_row(name: str, record: dict) -> dict[str, str]:
-    options = {key: value for key, value in record["eblora_config"].items() if key != "method"} | record["task"]
+def _training_row(name: str, record: TrainingRecord) -> dict[str, Any]:
+    config = record.get("eblora_config", {})
+    options = {key: value for key, value in config.items() if key != "method"} | record.get("task", {})
     return {
         "name": name,
-        "method": record["eblora_config"]["method"],
+        "method": config.get("method", "not stated"),
         "options": ", ".join(f"{key}={value}" for key, value in options.items()) or "none",
-        "learning_rate": record["learning_rate"],
-        "optim": record["optim"],
-        "seed": record["seed"],
+        **{key: record.get(key, "not stated") for key in ("learning_rate", "optim", "seed")},
     }

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.states import AdapterState
+from ..adapters.states import AdapterState, factors_of
 from ..memory.basis import BasisExtension
-from .files import sha256
+from .files import check_no_pointer, sha256
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of entries of FᵀF - I; bases of half precision are rounded
+_TOLERANCE_OF_HALVES = 5e-2
 
 
 def check_new_names(names: list[str], there: list[str], folder: Path) -> None:
@@ -42,9 +45,49 @@ def check_finite(task: str, adapter: AdapterState, extensions: dict[str, BasisEx
             )
 
 
+def check_columns(
+    columns: dict[str, torch.Tensor], adapter: AdapterState, before: dict[str, torch.Tensor], source: str | Path
+) -> None:
+    """
+    Raises if columns are not what a task adds to the bases of its layers.
+
+    Args:
+        columns (`dict[str, torch.Tensor]`): `(d_in, k)` by layer name, as stored.
+        adapter (`dict[str, torch.Tensor]`): The task's adapter: each of its layers has columns, if only none of them.
+        before (`dict[str, torch.Tensor]`): The bases `(d_in, p)` before the task.
+        source (`str` or `Path`): For the message.
+
+    Raises:
+        ValueError: naming the layer, if its columns are missing, of another shape, or not orthonormal.
+    """
+    lora_a = factors_of(adapter, "lora_A")
+    different = sorted(lora_a.keys() ^ columns.keys())
+    if different:
+        raise ValueError(
+            f"{source} has to have columns for each layer that the task adapted, and for no other: it differs in "
+            f"{', '.join(different)}"[:500]
+        )
+    for name, new in columns.items():
+        d_in = lora_a[name].shape[1]
+        basis = before.get(name, new.new_zeros(d_in, 0))
+        if new.ndim != 2 or new.shape[0] != d_in or new.shape[1] + basis.shape[1] > d_in:
+            raise ValueError(
+                f"{source}: the columns of {name} have shape {tuple(new.shape)}, expected ({d_in}, k) with k at most "
+                f"{d_in - basis.shape[1]}."
+            )
+        products = torch.cat([basis.float(), new.float()], dim=1).mT @ new.float()  # (p + k, k)
+        products[basis.shape[1] :].diagonal().sub_(1.0)
+        if products.numel() and products.abs().max() > _TOLERANCE.get(new.dtype, _TOLERANCE_OF_HALVES):
+            raise ValueError(
+                f"{source}: the columns of {name} are not orthonormal, to each other and to those of earlier tasks "
+                f"(they deviate by {products.abs().max():.2g})."
+            )
+
+
 def verify(path: Path, digest: str, whose: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} {whose} is missing; restore it from a copy of the sequence.")
+    check_no_pointer(path)
     if sha256(path) != digest:
         raise ValueError(
             f"{path} {whose} was changed after it was published (its sha256 differs from the index). Restore it from "

@@ -10,6 +10,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
     """A safetensors file, the same bytes for the same tensors."""
@@ -19,6 +21,18 @@ def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
 def json_bytes(value: Any) -> bytes:
     """A JSON file, the same bytes for the same value."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def check_no_pointer(path: Path) -> None:
+    """
+    Raises if a file is only the pointer that Git leaves where Git LFS was not set up.
+
+    Raises:
+        ValueError: naming it.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.")
 
 
 def sha256(path: Path) -> str:

@@ -222,6 +222,7 @@ def load_sequence(
     """
     sequence = fetch_sequence(source, token=token, revision=revision)
     sequence.check_base_model(base_model)
+    sequence.check_adapters(base_model)
     adapter = concatenate(sequence.adapters(sequence.select(upto, exclude)))
     if head is not None:
         heads = heads_of(sequence.adapters(sequence.select(head)[-1:])[0])

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..adapters.layers import is_quantized
 from ..adapters.sharding import whole
+from .schema import BaseModelIdentity
+
+logger = logging.get_logger(__name__)
 
 
-def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[str, Any]:
+def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> BaseModelIdentity:
     """
     Identity of a base model.
 
@@ -59,3 +63,34 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> dict[s
         "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
         "weights": None if values is None else values.hexdigest(),
     }
+
+
+def check_same_model(expected: BaseModelIdentity, model: nn.Module, whose: str) -> None:
+    """
+    Raises if a model has other weights, by name, shape or value, than the described one.
+
+    Args:
+        expected (`dict`): From [`describe_base_model`].
+        model (`nn.Module`): The model, with or without adapters.
+        whose (`str`): What was learnt on it, to begin the message with.
+
+    Raises:
+        ValueError: naming both.
+    """
+    described = describe_base_model(model, expected.get("heads", ()))
+    if described["fingerprint"] != expected["fingerprint"]:
+        raise ValueError(
+            f"{whose} was learnt on {expected['name_or_path']!r} ({expected['architecture']}), whose weights have "
+            f"other names or shapes than those of {described['name_or_path']!r} ({described['architecture']}). Load "
+            "the base model it was learnt on."
+        )
+    if described["weights"] is None or expected["weights"] is None:
+        logger.warning(
+            "The values of the base model's weights were not compared: fp16 and integers round differently."
+        )
+    elif described["weights"] != expected["weights"]:
+        raise ValueError(
+            f"{whose} was learnt on {expected['name_or_path']!r}, whose weights have other values than those of "
+            f"{described['name_or_path']!r}: its updates mean nothing on them. Load the base model it was learnt on; "
+            "if a part of it was initialised at random, save it first and load it again."
+        )

@@ -1,12 +1,25 @@
 """The index of a published sequence: what it says, and what of it is believed."""
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from ..config import Task
+from pydantic import ConfigDict, Field
+
+from .schema import (
+    MAX_INDEX,
+    MAX_TASKS,
+    BaseModelIdentity,
+    Count,
+    Digest,
+    Number,
+    RepoId,
+    TaskName,
+    Text,
+    Version,
+    checked,
+    read_checked,
+)
 
 INDEX = "eblora_sequence.json"
 FORMAT_VERSION = 1
@@ -30,51 +43,42 @@ class TaskRecord:
         files (`dict[str, str]`): sha256 of each file, by its path relative to the sequence.
     """
 
-    name: str
-    folder: str
-    created: str
-    rank: int
-    steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
-    def check(self, position: int) -> None:
-        """Raises a `ValueError` if a name or path in it is not what `append` writes at that position."""
-        Task(self.name, train_dataset=())  # the name is safe
-        for field_name in ("rank", "steps"):
-            value = getattr(self, field_name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"task {self.name!r} has {field_name}={value!r}, expected a whole number")
-        if not isinstance(self.created, str) or not isinstance(self.metrics, dict) or not isinstance(self.files, dict):
-            raise ValueError(f"task {self.name!r}: expected text in 'created', and 'metrics' and 'files' by name")
-        for key, value in self.metrics.items():
-            if not isinstance(key, str) or type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"task {self.name!r} has the metric {key!r}: {value!r}, expected a finite number")
-        if self.folder != f"tasks/{position:02d}-{self.name}":
-            raise ValueError(
-                f"task {self.name!r} lies in {self.folder!r} instead of 'tasks/{position:02d}-{self.name}'"
-            )
-        needed = {f"{self.folder}/{file}" for file in (ADAPTER, ADAPTER_CONFIG, TRAINING)}
-        if not needed <= set(self.files) <= needed | {f"{self.folder}/{SUBSPACE}"}:
-            raise ValueError(f"task {self.name!r} lists the files {sorted(self.files)}, expected {sorted(needed)}")
+    name: TaskName
+    folder: Text
+    created: Text
+    rank: Count
+    steps: Count
+    metrics: Annotated[dict[Text, Number], Field(max_length=10_000)] = field(default_factory=dict)
+    files: dict[Text, Digest] = field(default_factory=dict)
 
-
-def check_tasks(tasks: list[TaskRecord]) -> None:
-    """Raises a `ValueError` for tasks that an index cannot have: what is written is checked by what reads it."""
-    for position, task in enumerate(tasks):
-        task.check(position)
-    if len({task.name.lower() for task in tasks}) < len(tasks):
-        raise ValueError("two tasks have one name, or names that differ in case only")
+    @property
+    def has_basis(self) -> bool:
+        """Whether it was learnt by a method that keeps a basis."""
+        return f"{self.folder}/{SUBSPACE}" in self.files
 
 
 @dataclass
 class Index:
-    """The content of `eblora_sequence.json`."""
+    """
+    The content of `eblora_sequence.json`.
 
-    base_model: dict[str, Any]
-    bases: str
-    files: dict[str, str]
-    tasks: list[TaskRecord]
+    Args:
+        format_version (`int`): Of the files.
+        base_model (`dict`): See [`describe_base_model`].
+        bases (`str`): `"included"`, `"withheld"` or the repository that holds them.
+        files (`dict[str, str]`): sha256 of the files in the root.
+        tasks (`list[TaskRecord]`): In the order in which they were learnt.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    format_version: int
+    base_model: BaseModelIdentity
+    bases: RepoId
+    files: dict[Text, Digest]
+    tasks: Annotated[list[TaskRecord], Field(max_length=MAX_TASKS)]
 
     @classmethod
     def read(cls, path: Path) -> "Index":
@@ -82,18 +86,38 @@ class Index:
         Reads an index and checks it; it may come from anywhere.
 
         Raises:
-            ValueError: if it is not readable, of a newer format, or names files it should not.
+            FileNotFoundError: if it is not there.
+            ValueError: if it is not readable, of a newer format, or says what an index cannot say; the message names
+                the field.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content["format_version"]
-            if type(version) is not int or version < 1:
-                raise ValueError(f"format version {version!r} is none")
-            if version > FORMAT_VERSION:
-                raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
-            tasks = [TaskRecord(**task) for task in content["tasks"]]
-            check_tasks(tasks)
-            files = {name: content["files"][name] for name in (ADAPTER, ADAPTER_CONFIG)}
-            return cls(content["base_model"], content["bases"], files, tasks)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable index: {error!s}.") from error
+        return read_checked(path, "index", MAX_INDEX, cls.checked)
+
+    @classmethod
+    def checked(cls, data: bytes) -> "Index":
+        """
+        The index that these bytes are.
+
+        Raises:
+            ValueError: naming the field that is wrong.
+        """
+        version = checked(Version, data)["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}; update eblora_hf")
+        index: Index = checked(cls, data)
+        if set(index.files) != {ADAPTER, ADAPTER_CONFIG}:
+            raise ValueError(f"files: {sorted(index.files)}, expected {ADAPTER} and {ADAPTER_CONFIG}")
+        for position, task in enumerate(index.tasks):
+            _check_paths(task, position)
+        if len({task.name.lower() for task in index.tasks}) < len(index.tasks):
+            raise ValueError("tasks: two have one name, or names that differ in case only")
+        return index
+
+
+def _check_paths(task: TaskRecord, position: int) -> None:
+    """Raises a `ValueError` if a task's files lie elsewhere than `append` puts them."""
+    folder = f"tasks/{position:02d}-{task.name}"
+    if task.folder != folder:
+        raise ValueError(f"tasks.{position}.folder: {task.name!r} lies in {task.folder!r} instead of {folder!r}")
+    needed = {f"{folder}/{file}" for file in (ADAPTER, ADAPTER_CONFIG, TRAINING)}
+    if not needed <= set(task.files) <= needed | {f"{folder}/{SUBSPACE}"}:
+        raise ValueError(f"tasks.{position}.files: lists the files {sorted(task.files)}, expected {sorted(needed)}")

@@ -14,28 +14,36 @@ next writer derives it again.
 
 import datetime
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers.utils import logging
 
 from ..adapters.composition import concatenate
 from ..adapters.states import AdapterState, factors_of, folded_config
 from ..memory.basis import BasisExtension, join_basis
-from .checks import check_finite, check_new_names, matches, verify
+from .adapter_files import (
+    check_factors,
+    check_fits,
+    config_of,
+    read_adapter_file,
+    read_tensors,
+    readable_targets,
+)
+from .checks import check_columns, check_finite, check_new_names, matches, verify
 from .files import json_bytes, sync_folder, temporary_name, tensor_bytes, write
-from .identity import describe_base_model
-from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord, check_tasks
+from .identity import check_same_model
+from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
 from .locks import one_writer
-
-logger = logging.get_logger(__name__)
+from .schema import MAX_JSON, BaseModelIdentity, TrainingRecord, check_training, read_checked
+from .strays import check_links, check_strays
+from .task_files import columns_of, task_files
 
 
 class PublishedSequence:
@@ -52,7 +60,7 @@ class PublishedSequence:
     def __init__(
         self,
         folder: str | Path,
-        base_model: dict[str, Any],
+        base_model: BaseModelIdentity,
         tasks: list[TaskRecord] | None = None,
         *,
         bases: str = "included",
@@ -102,25 +110,7 @@ class PublishedSequence:
         Raises:
             ValueError: naming both.
         """
-        described = describe_base_model(model, self.base_model.get("heads", ()))
-        if described["fingerprint"] != self.base_model["fingerprint"]:
-            raise ValueError(
-                f"The sequence in {self.folder} was learnt on {self.base_model['name_or_path']!r} "
-                f"({self.base_model['architecture']}), whose weights have other names or shapes than those of "
-                f"{described['name_or_path']!r} ({described['architecture']}). Load the base model it was learnt on."
-            )
-        digests = described["weights"], self.base_model["weights"]
-        if None in digests:
-            logger.warning(
-                "The values of the base model's weights were not compared: fp16 and integers round differently."
-            )
-        if None not in digests and digests[0] != digests[1]:
-            raise ValueError(
-                f"The sequence in {self.folder} was learnt on {self.base_model['name_or_path']!r}, whose weights "
-                f"have other values than those of {described['name_or_path']!r}: its updates mean nothing on them. "
-                "Load the base model it was learnt on; if a part of it was initialised at random, save it first and "
-                "load it again."
-            )
+        check_same_model(self.base_model, model, f"The sequence in {self.folder}")
 
     @property
     def names(self) -> list[str]:
@@ -146,7 +136,7 @@ class PublishedSequence:
 
     def names_without_basis(self) -> list[str]:
         """Tasks learnt by a method that keeps none."""
-        return [task.name for task in self.tasks if f"{task.folder}/{SUBSPACE}" not in task.files]
+        return [task.name for task in self.tasks if not task.has_basis]
 
     def check_layers(self, names: list[str]) -> None:
         """
@@ -163,35 +153,37 @@ class PublishedSequence:
                     f"differ in {', '.join(sorted(different))}. Use the `target_modules` of the earlier tasks."
                 )
 
-    def check_strays(self, name: str) -> None:
+    def check_adapters(self, model: nn.Module) -> None:
         """
-        Raises if the folder holds tasks that the index does not know, other than what a killed `append` of `name`
-        leaves.
+        Raises if the tensors of a task have other names or shapes than what they change on the model.
 
         Raises:
-            ValueError: naming them: the index was lost, and appending would destroy them.
+            ValueError: naming the file and the tensor.
         """
-        known = {Path(task.folder).name for task in self.tasks} | {f"{len(self.tasks):02d}-{name}"}
-        found = [path.name for path in self.folder.glob("tasks/[!.]*")]
-        if not self.tasks and not found and (self.folder / ADAPTER).exists():
-            raise ValueError(
-                f"{self.folder} holds an adapter that is not of a sequence and would be replaced. Use another folder."
-            )
-        strays = [name for name in found if name not in known]
-        if strays:
-            raise ValueError(
-                f"{self.folder / 'tasks'} holds {', '.join(sorted(strays))}, which the index ({INDEX}) does not "
-                "list. Restore the index from a copy of the sequence, or use another folder."
-            )
+        for task, adapter in zip(self.tasks, self.adapters(), strict=True):
+            heads = read_adapter_file(self.folder / task.folder / ADAPTER_CONFIG).modules_to_save or []
+            check_fits(adapter, heads, model, self.folder / task.folder / ADAPTER)
 
     def adapters(self, names: list[str] | None = None) -> list[AdapterState]:
         """The folded adapter of each task, or of some in the order of `names`."""
         tasks = self.tasks if names is None else [self.tasks[self.names.index(name)] for name in names]
-        return [safetensors.torch.load_file(self.folder / task.folder / ADAPTER) for task in tasks]
+        adapters = []
+        for task in tasks:
+            path = self.folder / task.folder / ADAPTER
+            adapters.append(read_tensors(path))
+            check_factors(adapters[-1], path)
+        return adapters
 
     def config(self) -> LoraConfig:
         """The configuration of the newest task's adapter, folded."""
-        return LoraConfig.from_pretrained(str(self.folder / self.tasks[-1].folder))
+        newest = self.tasks[-1]
+        file = read_adapter_file(self.folder / newest.folder / ADAPTER_CONFIG)
+        return config_of(file, self.adapters([newest.name])[0])
+
+    def training(self) -> list[TrainingRecord]:
+        """How each task was trained."""
+        paths = [self.folder / task.folder / TRAINING for task in self.tasks]
+        return [read_checked(path, "record of a training", MAX_JSON, check_training) for path in paths]
 
     def bases(self) -> dict[str, torch.Tensor]:
         """
@@ -199,11 +191,12 @@ class PublishedSequence:
 
         Raises:
             FileNotFoundError: if the bases were not published with the sequence.
+            ValueError: if what a task added is not complete, or not orthonormal; the message names the file.
         """
         bases: dict[str, torch.Tensor] = {}
         for task in self.tasks:
             path = self.folder / task.folder / SUBSPACE
-            if f"{task.folder}/{SUBSPACE}" not in task.files:
+            if not task.has_basis:
                 continue
             if not path.is_file():
                 raise FileNotFoundError(
@@ -211,10 +204,10 @@ class PublishedSequence:
                     "Without them a new task would overwrite what earlier ones learnt. Continue from the folder it "
                     "was trained in."
                 )
-            for key, value in safetensors.torch.load_file(path).items():
-                if key.endswith(".columns"):
-                    name = key.removesuffix(".columns")
-                    bases[name] = join_basis(bases.get(name), value)
+            columns = columns_of(read_tensors(path))
+            check_columns(columns, self.adapters([task.name])[0], bases, path)
+            for name, value in columns.items():
+                bases[name] = join_basis(bases.get(name), value)
         return bases
 
     def append(
@@ -222,7 +215,7 @@ class PublishedSequence:
         name: str,
         adapter: AdapterState,
         config: LoraConfig,
-        extensions: dict[str, BasisExtension],
+        extensions: dict[str, BasisExtension] | None,
         *,
         steps: int,
         metrics: dict[str, float],
@@ -236,29 +229,21 @@ class PublishedSequence:
             name (`str`): A name no task of the sequence has.
             adapter (`dict[str, torch.Tensor]`): Its folded adapter.
             config (`LoraConfig`): The configuration it was trained with.
-            extensions (`dict[str, BasisExtension]`): What it adds to the basis of each layer.
+            extensions (`dict[str, BasisExtension]`, *optional*): What it adds to the basis of each layer; nothing to
+                that of a layer left out. `None` if it was learnt by a method that keeps no basis.
             steps (`int`), metrics (`dict[str, float]`): For its record.
             training (`dict`): How it was trained, for `training.json`.
 
         Raises:
             ValueError: if the sequence has a task of that name, or other layers, or its folder holds tasks that it
-            does not know; nothing is written then.
+                does not know, or something is given that a reader would refuse; nothing is written then.
         """
         check_new_names([name], self.names, self.folder)
-        check_finite(name, adapter, extensions)
+        check_finite(name, adapter, extensions or {})
+        check_factors(adapter, f"The adapter of {name!r}")
         concatenate([*self.adapters(), adapter])  # raises for other layers, before anything is written
         task_config = folded_config(config, adapter)
-        files = {
-            ADAPTER: tensor_bytes(adapter),
-            ADAPTER_CONFIG: json_bytes(self._config_dict(task_config)),
-            TRAINING: json_bytes(training),
-        }
-        if extensions:
-            subspace = {}
-            for layer, extension in extensions.items():
-                subspace[f"{layer}.columns"] = extension.columns.cpu()
-                subspace[f"{layer}.captured"] = torch.tensor(extension.captured, dtype=torch.float64)
-            files[SUBSPACE] = tensor_bytes(subspace)
+        files = task_files(name, adapter, self._config_dict(task_config), extensions, training)
         folder = f"tasks/{len(self.tasks):02d}-{name}"
         record = TaskRecord(
             name=name,
@@ -270,10 +255,11 @@ class PublishedSequence:
             files={f"{folder}/{file}": hashlib.sha256(data).hexdigest() for file, data in files.items()},
         )
         grown = PublishedSequence(self.folder, self.base_model, [*self.tasks, record], bases=self.bases_at)
-        check_tasks(grown.tasks)
+        Index.checked(json.dumps(grown._index({ADAPTER: "0" * 64, ADAPTER_CONFIG: "0" * 64})).encode())
+        check_links(self.folder)
         with one_writer(self.folder, "append", patience=60.0):
             self._check_unchanged()
-            self.check_strays(name)
+            check_strays(self.folder, self.tasks, name)
             final = self.folder / folder
             # of a run that was killed before the index knew about it
             for leftover in (final, *final.parent.glob(".*.tmp")):
@@ -303,18 +289,18 @@ class PublishedSequence:
         """
         The files in the root of the sequence after its first `count` tasks: their sum as one adapter, and the index.
         """
-        tasks = self.tasks[:count]
-        adapter = concatenate(self.adapters([task.name for task in tasks]))
-        config = folded_config(LoraConfig.from_pretrained(str(self.folder / tasks[-1].folder)), adapter)
+        part = PublishedSequence(self.folder, self.base_model, self.tasks[:count], bases=self.bases_at)
+        adapter = concatenate(part.adapters())
+        file = read_adapter_file(self.folder / part.tasks[-1].folder / ADAPTER_CONFIG)
+        config = readable_targets(config_of(file, adapter), file)
         root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(self._config_dict(config))}
-        index = {
-            "format_version": FORMAT_VERSION,
-            "base_model": self.base_model,
-            "bases": self.bases_at,
-            "files": {file: hashlib.sha256(data).hexdigest() for file, data in root.items()},
-            "tasks": [vars(task) for task in tasks],
-        }
-        return {**root, INDEX: json_bytes(index)}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in root.items()}
+        return {**root, INDEX: json_bytes(part._index(digests))}  # the index last
+
+    def _index(self, root: dict[str, str]) -> dict[str, Any]:
+        """The content of the index, for the sha256 of the files in the root."""
+        index = Index(FORMAT_VERSION, self.base_model, self.bases_at, root, self.tasks)
+        return vars(index) | {"tasks": [vars(task) for task in self.tasks]}
 
     def _config_dict(self, config: LoraConfig) -> dict[str, Any]:
         """What stock PEFT reads; the base model is the sequence's, never a path of this machine."""
@@ -323,6 +309,7 @@ class PublishedSequence:
 
     def write_root(self) -> None:
         """Writes the adapter of all tasks again, as the index describes it."""
+        check_links(self.folder)
         for file, data in self.state_after(len(self.tasks)).items():
             write(self.folder / file, data)
 

@@ -52,7 +52,7 @@ class TaskSequenceCallback(TrainerCallback):
         self,
         adapter: AdapterState,
         config: LoraConfig,
-        extensions: dict[str, BasisExtension],
+        extensions: dict[str, BasisExtension] | None,
         *,
         steps: int,
         metrics: dict[str, float],
@@ -65,28 +65,30 @@ class TaskSequenceCallback(TrainerCallback):
         Args:
             adapter (`dict[str, torch.Tensor]`): The task's folded adapter.
             config (`LoraConfig`): The configuration it was trained with.
-            extensions (`dict[str, BasisExtension]`): What it adds to the basis of each layer.
+            extensions (`dict[str, BasisExtension]`, *optional*): What it adds to the basis of each layer, `None` if
+                the method keeps none.
             steps (`int`), metrics (`dict[str, float]`), training (`dict`): For its record.
             write (`bool`, defaults to `True`): Whether this process writes files.
         """
-        capped = {name: extension.captured for name, extension in extensions.items() if extension.capped}
+        added = {
+            name: dataclasses.replace(extension, columns=extension.columns.to("cpu", self.basis_dtype))
+            for name, extension in (extensions or {}).items()
+        }
+        capped = {name: extension.captured for name, extension in added.items() if extension.capped}
         if capped:
             name, captured = min(capped.items(), key=lambda item: item[1])
             logger.warning(
-                f"Task {self.task_name!r}: the bases of {len(capped)} of {len(extensions)} layers reached their cap "
+                f"Task {self.task_name!r}: the bases of {len(capped)} of {len(added)} layers reached their cap "
                 f"and hold less than the energy asked for, the worst {captured:.1%} ({name}). Those layers have "
                 "little room left: a smaller LoRA rank, `energy_threshold` or `max_basis_fraction` leaves more to "
                 "later tasks."
             )
-        extensions = {
-            name: dataclasses.replace(extension, columns=extension.columns.to("cpu", self.basis_dtype))
-            for name, extension in extensions.items()
-        }
         if write and self.task_name is not None:
+            kept = None if extensions is None else added
             self.sequence.append(
-                self.task_name, adapter, config, extensions, steps=steps, metrics=metrics, training=training
+                self.task_name, adapter, config, kept, steps=steps, metrics=metrics, training=training
             )
-        for name, extension in extensions.items():  # what a run that reads the files again will have
+        for name, extension in added.items():  # what a run that reads the files again will have
             self.bases[name] = join_basis(self.bases.get(name), extension.columns)
         self.task_name = None
 

@@ -308,7 +308,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         self.begun.end_task(
             adapter,
             self.model.peft_config[self.adapter],
-            extensions,
+            extensions if self.method.remembers else None,
             steps=self.state.global_step,
             metrics=row,
             training=record,

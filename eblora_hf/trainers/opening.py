@@ -9,6 +9,7 @@ from ..published.checks import check_new_names
 from ..published.hub import check_beginning, fetch_sequence
 from ..published.identity import describe_base_model
 from ..published.sequence import PublishedSequence
+from ..published.strays import check_links, check_strays
 
 
 def open_sequence(
@@ -44,12 +45,14 @@ def open_sequence(
             of other layers, or with tasks of the same names.
         FileNotFoundError: if there is no sequence at `source`.
     """
+    if writes:
+        check_links(folder)
     in_place = source is not None and Path(source).resolve() == folder.resolve()
     exists = PublishedSequence.exists(folder)
     wait()  # all have looked before one of them writes
     if not exists and source is None:
         published = PublishedSequence(folder, describe_base_model(base_model, heads))
-        published.check_strays(tasks[0])
+        check_strays(folder, published.tasks, tasks[0])
         return published
     if exists and not resuming and not in_place:
         raise ValueError(
@@ -65,9 +68,10 @@ def open_sequence(
     wait()
     published = PublishedSequence.open(folder)
     published.check_base_model(base_model)
+    published.check_adapters(base_model)
     published.check_layers(layers)
     pending = [name for name in tasks if name not in published.names]
-    published.check_strays((pending or tasks)[0])
+    check_strays(folder, published.tasks, (pending or tasks)[0])
     taken = set(tasks) & set(published.names)
     if taken and not resuming:
         raise ValueError(

@@ -157,7 +157,7 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path):
     state = load_file(tmp_path / "broken" / "adapter_model.safetensors")
     state[next(iter(state))][0, 0] = math.nan
     save_file(state, tmp_path / "broken" / "adapter_model.safetensors", {"format": "pt"})
-    assert "are not finite" in failure("spectra", tmp_path / "broken")
+    assert "is not finite" in failure("spectra", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"damaged")
     assert "adapter_model.safetensors is damaged" in failure("spectra", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_config.json").write_text("[]")

@@ -99,10 +99,10 @@ def test_names_that_differ_in_case_only_are_refused_before_training(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"metrics": {"one": math.nan}}, "metric 'one': nan, expected a finite number"),
-        ({"metrics": {"one": "good"}}, "metric 'one': 'good'"),
-        ({"steps": 2.5}, r"steps=2\.5, expected a whole number"),
-        ({"steps": -1}, "steps=-1"),
+        ({"metrics": {"one": math.nan}}, r"tasks\.0\.metrics\.one: .* finite number, got nan"),
+        ({"metrics": {"one": "good"}}, r"tasks\.0\.metrics\.one: .*'good'"),
+        ({"steps": 2.5}, r"tasks\.0\.steps: .*integer.*2\.5"),
+        ({"steps": -1}, r"tasks\.0\.steps: .*-1"),
         ({"training": {"loss": math.inf}}, "not JSON compliant"),
     ],
 )

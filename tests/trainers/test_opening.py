@@ -61,6 +61,6 @@ def test_processes_wait_before_one_writes_and_before_all_read(tmp_path, two_task
 def test_tasks_without_bases_are_named(tmp_path, two_tasks):
     check_bases(PublishedSequence.open(two_tasks), "eblora")
     sequence = new_sequence(tmp_path / "bare")
-    append(sequence, "one", 0, extensions={})
+    append(sequence, "one", 0, extensions=None)
     with pytest.raises(ValueError, match=r"The task\(s\) one .* keeps no basis"):
         check_bases(sequence, "eblora")
