@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .analysis.interference import interference_report
     from .config import EBLoRAConfig, Task, TaskSequence
     from .metrics import ContinualMetrics, continual_metrics
-    from .published.hub import SequenceConflictError, load_sequence, push_sequence
+    from .published.hub import SequenceConflictError, push_sequence
+    from .published.loading import load_sequence
     from .published.sequence import PublishedSequence
     from .trainers.callback import TaskSequenceCallback
     from .trainers.continual import ContinualMixin
@@ -35,7 +36,7 @@ _MODULE_OF = {
     "TaskSequenceCallback": "trainers.callback",
     "continual_metrics": "metrics",
     "interference_report": "analysis.interference",
-    "load_sequence": "published.hub",
+    "load_sequence": "published.loading",
     "merge_into_base": "adapters.composition",
     "push_sequence": "published.hub",
     "smooth_adapter": "adapters.smoothing",

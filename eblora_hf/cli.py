@@ -103,6 +103,33 @@ def benchmark(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def repair(folder: Annotated[Path, typer.Argument(help="Folder of a sequence, an `output_dir`.")]) -> None:
+    """
+    Put the folder of a sequence in order after a run was killed or the index was lost.
+
+    Tasks that the index does not list are moved to `set-aside` in the folder, and the adapter of all tasks is written
+    again if it does not fit the index. Nothing is deleted.
+    """
+    from .published.locks import one_writer
+    from .published.sequence import PublishedSequence
+    from .published.strays import check_links, set_strays_aside
+
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder.")
+        check_links(folder)
+        with one_writer(folder, "run"), one_writer(folder, "append"):
+            tasks = PublishedSequence.open(folder, repair=True).tasks if PublishedSequence.exists(folder) else []
+            moved = set_strays_aside(folder, tasks)
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    for path in moved:
+        typer.echo(f"Moved to {path}")
+    typer.echo(f"{folder} is in order: {', '.join(task.name for task in tasks) or 'no task'}.")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -9,7 +9,7 @@ import torch
 from ..adapters.composition import concatenate, with_heads
 from ..adapters.states import heads_of
 from ..memory.basis import check_gradient
-from ..published.hub import fetch_sequence
+from ..published.loading import fetch_sequence
 from ..published.sequence import PublishedSequence
 from ..trainers.continual import ContinualMixin
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, TrainingArguments
 
 from ..config import EBLoRAConfig
-from ..published.hub import fetch_sequence
+from ..published.loading import fetch_sequence
 from ..trainers.trainer import ContinualEBLoRATrainer
 
 # kind: model class, and the columns that a data set needs

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from ..adapters.states import AdapterState, factors_of
-from ..memory.basis import BasisExtension
 from .files import check_no_pointer, sha256
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of entries of FᵀF - I; bases of half precision are rounded
@@ -28,20 +27,26 @@ def check_new_names(names: list[str], there: list[str], folder: Path) -> None:
             )
 
 
-def check_finite(task: str, adapter: AdapterState, extensions: dict[str, BasisExtension]) -> None:
+def check_finite(task: str, tensors: dict[str, torch.Tensor], bad_step: int | None = None) -> None:
     """
     Raises if something that would be published of a task is not finite.
+
+    Args:
+        task (`str`): Its name.
+        tensors (`dict[str, torch.Tensor]`): By name.
+        bad_step (`int`, *optional*): The first step whose loss was not finite, where that is known.
 
     Raises:
         ValueError: naming the task and the tensor.
     """
-    columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
-    for name, tensor in (adapter | columns).items():
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
+            since = "" if bad_step is None else f", and the first loss that was not is that of step {bad_step}"
             raise ValueError(
-                f"The task {task!r} has diverged: {name} is not finite (inf or NaN), and nothing of it is published. "
-                "Lower the learning rate, clip gradients (`max_grad_norm`), train in float32 or bf16 instead of fp16, "
-                "or look for the sample that makes the loss so, and start the task again."
+                f"The task {task!r} has diverged: {name} is not finite (inf or NaN){since}. Nothing of it is "
+                "published. Lower the learning rate, clip gradients (`max_grad_norm`), train in float32 or bf16 "
+                "instead of fp16, or look for the sample that makes the loss so; then delete the task's checkpoints "
+                "and start it again."
             )
 
 

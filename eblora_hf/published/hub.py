@@ -1,27 +1,19 @@
-"""
-The published sequence on the Hub: one commit and one tag per task, never over somebody else's; loading and verifying.
-"""
+"""Pushing a sequence to the Hub: one commit and one tag per task, never over somebody else's."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import tenacity
-from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from peft import PeftModel, get_peft_model
-from torch import nn
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import CommitOperationAdd, metadata_load
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
-from ..adapters.composition import concatenate, load_adapter
-from ..adapters.states import folded_config, heads_of
-from .index import INDEX, SUBSPACE, Index, TaskRecord
+from .index import SUBSPACE, Index, TaskRecord
+from .owner import bases_of, remember_bases
+from .remote import remote_index, remote_sizes, remote_state
+from .requests import HubApi, retried
+from .schema import MAX_JSON
 from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
@@ -71,24 +63,14 @@ def push_sequence(
             public; nothing is pushed then.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses, or still fails after the retries.
     """
-    api, branch = HfApi(token=token), revision or "main"
-    repo_id = check_remote(sequence, repo_id, token=token, private=private, revision=revision)
-    head, remote = _remote_state(api, repo_id, branch)
-    if isinstance(push_bases, str):
-        where = push_bases
-    elif push_bases is None:
-        where = remote.bases if remote else "included"
-    else:
-        where = "included" if push_bases else "withheld"
-    if remote is not None and remote.bases != where:
-        raise ValueError(
-            f"The bases of the sequence in {repo_id} are {remote.bases!r}, not {where!r} as "
-            f"push_bases={push_bases!r} asks: where they are cannot change later. Leave `push_bases` out, or push to "
-            "another repository."
-        )
+    api, branch = HubApi(token=token), revision or "main"
+    repo_id, head, remote = _look(api, sequence, repo_id, private=private, revision=revision)
+    where = _where_bases_go(sequence, repo_id, remote, push_bases)
     if where not in ("included", "withheld"):
         _push_bases(api, sequence, where)
-    licence = licence or _stated_licence(api, repo_id, head)
+    remember_bases(sequence.folder, repo_id, where)
+    keep_card, stated = _stated_licence(api, repo_id, head)
+    licence = licence or stated
     commits = {}
     for count in range(len(remote.tasks if remote else []) + 1, len(sequence.tasks) + 1):
         task = sequence.tasks[count - 1]
@@ -97,7 +79,7 @@ def push_sequence(
             name: sequence.folder / name for name in task.files if where == "included" or not name.endswith(SUBSPACE)
         }
         files |= so_far.state_after(count)
-        if card is not None:
+        if card is not None and not keep_card:
             files["README.md"] = card(so_far, repo_id, licence).encode()
         head = _commit(api, so_far, repo_id, branch, head, files)
         commits[_tag_of(count, task)] = head
@@ -122,13 +104,48 @@ def check_remote(
     Returns:
         `str`: The full repository id.
     """
-    api = HfApi(token=token)
-    repo_id = _retried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
+    return _look(HubApi(token=token), sequence, repo_id, private=private, revision=revision)[0]
+
+
+def _look(
+    api: HubApi, sequence: PublishedSequence, repo_id: str, *, private: bool | None, revision: str | None
+) -> tuple[str, str, Index | None]:
+    """
+    The full repository id, the head of the branch, and the index there, which is the beginning of the sequence. What
+    is pushed goes on top of that commit or not at all.
+    """
+    repo_id = retried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
-        _retried(api.create_branch, repo_id, branch=revision, exist_ok=True)
-    remote = _remote_state(api, repo_id, revision or "main")[1]
+        retried(api.create_branch, repo_id, branch=revision, exist_ok=True)
+    head, remote = remote_state(api, repo_id, revision or "main")
     check_beginning(remote.tasks if remote else [], sequence, repo_id)
-    return repo_id
+    return repo_id, head, remote
+
+
+def _where_bases_go(
+    sequence: PublishedSequence, repo_id: str, remote: Index | None, push_bases: bool | str | None
+) -> str:
+    """Raises a `ValueError` if they have gone elsewhere so far, by the index there or by what was kept here."""
+    kept = bases_of(sequence.folder, repo_id)
+    if isinstance(push_bases, str):
+        where = push_bases
+    elif push_bases is None:
+        where = kept or (remote.bases if remote else "included")
+    else:
+        where = "included" if push_bases else "withheld"
+    if remote is not None and kept is not None and remote.bases != kept:
+        raise ValueError(
+            f"The index in {repo_id} says that the bases are {remote.bases!r}, but from {sequence.folder} they went "
+            f"{kept!r}: somebody has changed it. Nothing was pushed. Restore the index there, or push to another "
+            "repository."
+        )
+    if remote is not None and remote.bases != where:
+        raise ValueError(
+            f"The bases of the sequence in {repo_id} are {remote.bases!r}, not {where!r} as "
+            f"push_bases={push_bases!r} asks: where they are cannot change later. Leave `push_bases` out, or push to "
+            "another repository."
+        )
+    return where
 
 
 def check_beginning(theirs: list[TaskRecord], ours: PublishedSequence, source: str | Path) -> None:
@@ -149,101 +166,16 @@ def check_beginning(theirs: list[TaskRecord], ours: PublishedSequence, source: s
             )
 
 
-def fetch_sequence(
-    source: str | Path, *, token: str | None = None, revision: str | None = None, folder: str | Path | None = None
-) -> PublishedSequence:
-    """
-    Opens a sequence from a folder or the Hub, and verifies all its files.
-
-    Args:
-        source (`str` or `Path`): A folder that holds a sequence, or `"user/repo"` or `"user/repo@revision"` on the
-            Hub.
-        token (`str`, *optional*), revision (`str`, *optional*): For the Hub; a tag is the state after that task.
-        folder (`str` or `Path`, *optional*): Copy the sequence there, with its bases from their own repository if they
-            have one, to continue it. The index is copied last: a copy that was killed counts as none.
-
-    Raises:
-        FileNotFoundError: if there is no sequence.
-        ValueError: if a file was changed, the message names it; or for a `revision` of a folder.
-    """
-    if PublishedSequence.exists(source):
-        if revision is not None:
-            raise ValueError(
-                f"revision={revision!r} is for the Hub, but {source} is a folder. Use `upto=` for a part of it."
-            )
-        sequence = PublishedSequence.open(source)
-        return sequence if folder is None else sequence.copy_to(folder)
-    repo_id, _, at = str(source).partition("@")
-    if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or repo_id.startswith("."):
-        raise FileNotFoundError(f"{source} holds no sequence: there is no {INDEX} in it.")
-    api = HfApi(token=token)
-    commit, remote = _remote_state(api, repo_id, revision or at or "main")
-    if remote is None:
-        raise FileNotFoundError(f"The repository {source} holds no sequence: there is no {INDEX} in it.")
-    files = [INDEX, *remote.files, *(name for task in remote.tasks for name in task.files)]
-    fetched = _retried(api.snapshot_download, repo_id, revision=commit, allow_patterns=files)
-    sequence = PublishedSequence.open(fetched)
-    if folder is None:
-        return sequence
-    bases = None
-    if remote.bases not in ("included", "withheld"):
-        bases = _retried(
-            api.snapshot_download, remote.bases, allow_patterns=[f for f in files if f.endswith(SUBSPACE)]
-        )
-    return sequence.copy_to(folder, bases)
-
-
-def load_sequence(
-    base_model: nn.Module,
-    source: str | Path,
-    *,
-    upto: str | None = None,
-    exclude: Collection[str] = (),
-    head: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-) -> PeftModel:
-    """
-    Puts a published sequence, or a part of it, on its base model as one LoRA adapter.
-
-    Args:
-        base_model (`nn.Module`): The model the sequence was learnt on.
-        source (`str` or `Path`): A folder, or a repository id on the Hub.
-        upto (`str`, *optional*): Last task to take: the model after that task.
-        exclude (collection of `str`, *optional*): Tasks to leave out.
-        head (`str`, *optional*): Task whose `modules_to_save` to use instead of the newest task's.
-        revision (`str`, *optional*), token (`str`, *optional*): For the Hub.
-
-    Returns:
-        `PeftModel`: In evaluation mode.
-
-    Raises:
-        ValueError: if a file was changed, the base model is another one, or a name is unknown.
-    """
-    sequence = fetch_sequence(source, token=token, revision=revision)
-    sequence.check_base_model(base_model)
-    sequence.check_adapters(base_model)
-    adapter = concatenate(sequence.adapters(sequence.select(upto, exclude)))
-    if head is not None:
-        heads = heads_of(sequence.adapters(sequence.select(head)[-1:])[0])
-        if not heads:
-            raise ValueError(f"The task {head!r} has no head of its own: it trained no `modules_to_save`.")
-        adapter |= heads
-    model = get_peft_model(base_model, folded_config(sequence.config(), adapter))
-    load_adapter(model, "default", adapter)
-    return model.eval()
-
-
-def _push_bases(api: HfApi, sequence: PublishedSequence, repo_id: str) -> None:
+def _push_bases(api: HubApi, sequence: PublishedSequence, repo_id: str) -> None:
     """All bases in a private repository of their own, one commit per push."""
-    repo_id = _retried(api.create_repo, repo_id, private=True, exist_ok=True).repo_id
-    info = _retried(api.repo_info, repo_id)
+    repo_id = retried(api.create_repo, repo_id, private=True, exist_ok=True).repo_id
+    info = retried(api.repo_info, repo_id)
     if not info.private:
         raise ValueError(f"The repository {repo_id} for the bases is public. Make it private, or name another.")
     wanted = {
         name: digest for task in sequence.tasks for name, digest in task.files.items() if name.endswith(SUBSPACE)
     }
-    present = {file.path: file for file in _retried(api.get_paths_info, repo_id, list(wanted), revision=info.sha)}
+    present = {file.path: file for file in retried(api.get_paths_info, repo_id, list(wanted), revision=info.sha)}
     for name, file in present.items():
         if file.lfs is None or file.lfs.sha256 != wanted[name]:
             raise SequenceConflictError(
@@ -253,58 +185,69 @@ def _push_bases(api: HfApi, sequence: PublishedSequence, repo_id: str) -> None:
     operations = [CommitOperationAdd(name, sequence.folder / name) for name in wanted if name not in present]
     if operations:
         message = f"Add the bases of {len(operations)} task(s)"
-        _retried(api.create_commit, repo_id, operations, commit_message=message, parent_commit=info.sha)
+        retried(api.create_commit, repo_id, operations, commit_message=message, parent_commit=info.sha)
 
 
-def _remote_state(api: HfApi, repo_id: str, revision: str) -> tuple[str, Index | None]:
-    """The commit at a revision and the index there, `None` only if the repository really has none."""
-    commit = _retried(api.repo_info, repo_id, revision=revision).sha
-    if INDEX not in _retried(api.list_repo_files, repo_id, revision=commit):
-        return commit, None
-    return commit, Index.read(Path(_retried(api.hf_hub_download, repo_id, INDEX, revision=commit)))
-
-
-def _stated_licence(api: HfApi, repo_id: str, commit: str) -> str | None:
-    """The licence that somebody wrote into the card on the Hub."""
-    if "README.md" not in _retried(api.list_repo_files, repo_id, revision=commit):
-        return None
-    metadata = metadata_load(_retried(api.hf_hub_download, repo_id, "README.md", revision=commit)) or {}
-    return metadata.get("license")
+def _stated_licence(api: HubApi, repo_id: str, commit: str) -> tuple[bool, str | None]:
+    """Whether the card on the Hub is left alone, because it cannot be read, and the licence that it states."""
+    size = remote_sizes(api, repo_id, commit, ["README.md"]).get("README.md")
+    if size is None:
+        return False, None
+    try:
+        if size > MAX_JSON:
+            raise ValueError(f"it has {size} bytes")
+        metadata = metadata_load(retried(api.hf_hub_download, repo_id, "README.md", revision=commit)) or {}
+        licence = metadata.get("license")
+        if licence is not None and not (isinstance(licence, str) and re.fullmatch(r"[\w.-]{1,50}", licence)):
+            raise ValueError(f"its licence is {licence!r:.60}")
+    except (ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        logger.warning(f"README.md in {repo_id} cannot be read and is left as it is: {error}")
+        return True, None
+    return False, licence
 
 
 def _commit(
-    api: HfApi, sequence: PublishedSequence, repo_id: str, branch: str, parent: str, files: dict[str, bytes | Path]
+    api: HubApi, sequence: PublishedSequence, repo_id: str, branch: str, parent: str, files: dict[str, bytes | Path]
 ) -> str:
     """Commits the newest task of `sequence`; returns the commit."""
     message = f"Add {_tag_of(len(sequence.tasks), sequence.tasks[-1])}"
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    conflict = SequenceConflictError(
+        f"{repo_id} changed while {message!r} was being pushed: somebody else appended to it. Nothing of theirs was "
+        "overwritten. Push again; if their task is in the way, the next error says what to do."
+    )
+    options = {"commit_message": message, "revision": branch, "parent_commit": parent}
     try:
-        return _retried(
-            api.create_commit, repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
-        ).oid
+        head = retried(api.create_commit, repo_id, operations, **options).oid
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code not in (409, 412):
             raise
-        head, remote = _remote_state(api, repo_id, branch)
-        if remote is not None and [task.files for task in remote.tasks] == [task.files for task in sequence.tasks]:
-            return head  # our own commit was taken, and only its answer was lost
-        raise SequenceConflictError(
-            f"{repo_id} changed while {message!r} was being pushed: somebody else appended to it. Nothing of theirs "
-            "was overwritten. Push again; if their task is in the way, the next error says what to do."
-        ) from error
+        head = remote_state(api, repo_id, branch)[0]
+        if not _is_ours(api, repo_id, head, sequence):
+            raise conflict from error
+    # a commit that changes nothing returns whatever head there is; ours may be there, and somebody else's on top of it
+    if not _is_ours(api, repo_id, head, sequence):
+        raise conflict
+    return head
 
 
-def _tag(api: HfApi, repo_id: str, branch: str, tasks: list[TaskRecord], commits: dict[str, str]) -> None:
+def _is_ours(api: HubApi, repo_id: str, commit: str, sequence: PublishedSequence) -> bool:
+    """Whether the sequence at a commit is this one."""
+    remote = remote_index(api, repo_id, commit)
+    return remote is not None and [task.files for task in remote.tasks] == [task.files for task in sequence.tasks]
+
+
+def _tag(api: HubApi, repo_id: str, branch: str, tasks: list[TaskRecord], commits: dict[str, str]) -> None:
     """Tags the commit of every task that has no tag yet, also of those whose push was interrupted before it."""
-    present = {tag.name: tag.target_commit for tag in _retried(api.list_repo_refs, repo_id).tags}
+    present = {tag.name: tag.target_commit for tag in retried(api.list_repo_refs, repo_id).tags}
     wanted = [_tag_of(count, task) for count, task in enumerate(tasks, start=1)]
     if not set(wanted) <= set(present):
-        history = _retried(api.list_repo_commits, repo_id, revision=branch)
+        history = retried(api.list_repo_commits, repo_id, revision=branch)
         titles = {commit.title: commit.commit_id for commit in reversed(history)}  # the newest of a title wins
         commits = {tag: titles[f"Add {tag}"] for tag in wanted if f"Add {tag}" in titles} | commits
     for tag, commit in commits.items():
         if tag not in present:
-            _retried(api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
+            retried(api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
         elif tag in commits and present[tag] != commit:
             logger.warning(
                 f"The tag {tag!r} of {repo_id} is on the commit {present[tag]} of another branch or history."
@@ -313,32 +256,3 @@ def _tag(api: HfApi, repo_id: str, branch: str, tasks: list[TaskRecord], commits
 
 def _tag_of(count: int, task: TaskRecord) -> str:
     return f"task-{count - 1:02d}-{task.name}"
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, LocalEntryNotFoundError):  # what a failing HEAD request becomes
-        return True
-    if isinstance(error, RepositoryNotFoundError | EntryNotFoundError):
-        return False
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    # time-outs and broken connections; by name, since huggingface_hub 1 and 2 build on different HTTP clients
-    return any(cls.__name__ == "TransportError" for cls in type(error).__mro__)
-
-
-def _say_that_it_is_tried_again(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome is not None else None
-    logger.warning(f"The Hub failed ({error}); trying again.")
-
-
-_retry = tenacity.Retrying(
-    retry=tenacity.retry_if_exception(_is_transient),
-    wait=tenacity.wait_random_exponential(multiplier=1, max=30),
-    stop=tenacity.stop_after_attempt(6),
-    before_sleep=_say_that_it_is_tried_again,
-    reraise=True,
-)
-
-
-def _retried(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    return _retry(function, *args, **kwargs)

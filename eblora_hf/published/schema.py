@@ -109,6 +109,11 @@ def check_training(data: bytes) -> TrainingRecord:
     return checked(TrainingRecord, data)
 
 
+def check_settings(data: bytes) -> dict[str, str]:
+    """Places of bases by repository. Raises a `ValueError` naming what is not one."""
+    return checked(dict[RepoId, RepoId], data)
+
+
 def read_checked(path: Path, what: str, limit: int, check: Callable[[bytes], Content]) -> Content:
     """
     Reads a JSON file and checks its content.

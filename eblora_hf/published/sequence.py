@@ -239,7 +239,8 @@ class PublishedSequence:
                 does not know, or something is given that a reader would refuse; nothing is written then.
         """
         check_new_names([name], self.names, self.folder)
-        check_finite(name, adapter, extensions or {})
+        columns = {f"the basis of {layer}": extension.columns for layer, extension in (extensions or {}).items()}
+        check_finite(name, adapter | columns)
         check_factors(adapter, f"The adapter of {name!r}")
         concatenate([*self.adapters(), adapter])  # raises for other layers, before anything is written
         task_config = folded_config(config, adapter)

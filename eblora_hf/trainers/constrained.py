@@ -17,9 +17,12 @@ from ..adapters.factors import load_state, save_state
 from ..adapters.sharding import whole
 from ..manifold.optimizers import plain_optimizer
 from ..methods.base import Snapshot, Snapshots
+from ..published.checks import check_finite
 from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
 from .fsdp import ShardedMixin
 from .snapshots import take_snapshot
+
+_NEVER = 2**62  # a step that no training reaches
 
 
 class ConstrainedMixin(ShardedMixin):
@@ -35,6 +38,7 @@ class ConstrainedMixin(ShardedMixin):
         self.constraint, self._start = None, start
         self._state: dict[str, torch.Tensor] | None = None
         self.resumes_trained = False
+        self._bad_step: torch.Tensor | None = None
 
     def start_tensors(self) -> dict[str, torch.Tensor]:
         """What the task starts from: its adapter, and what the constraint is given."""
@@ -148,7 +152,17 @@ class ConstrainedMixin(ShardedMixin):
                 "Training would run without its constraint: `create_scheduler` of ContinualMixin was not called. Call "
                 "super() in your override, and put ContinualMixin first among the base classes."
             )
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        # kept on the device: asking for it at every step would wait for it
+        bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
+        self._bad_step = bad_step if self._bad_step is None else torch.minimum(self._bad_step, bad_step)
+        return loss
+
+    def check_finite(self, task: str) -> None:
+        """Raises a `ValueError` if training has diverged; it names the first bad step that this process has seen."""
+        step = _NEVER if self._bad_step is None else int(self._bad_step)
+        held = {key: whole(value) for key, value in adapter_state(self.model, self.adapter).items()}
+        check_finite(task, held, None if step == _NEVER else step)
 
     def get_batch_samples(self, *args, **kwargs) -> Any:
         """The batches of a step; none after the last one, where the parent would resume in mid-epoch with another."""

@@ -32,7 +32,7 @@ from .constrained import ConstrainedMixin
 from .evaluation import accuracy_row, sets_to_measure, without_early_stopping
 from .one_task import as_task, draw_lora_A, joined_output, put_fresh_adapter
 from .opening import check_bases, open_sequence
-from .processes import broadcast_model, check_same_everywhere, spread_over_processes
+from .processes import broadcast_model, check_same_everywhere, spread_over_processes, together
 from .publisher import Publisher, PublishingMixin
 from .signals import StopRequestedError, listen_again, stops_on_sigterm
 
@@ -167,7 +167,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)
         self.task_callback = TaskSequenceCallback(published, keeps_bases, dtype)
         self.add_callback(self.task_callback)
-        if self.args.should_save:
+        with together("looking at the Hub"):
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
         pending = [task for task in tasks if task.name not in published.names]
         history = []
@@ -188,7 +188,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             return
         self._become_sum_of_tasks()
         end_run(self.model)
-        if self.args.should_save:
+        with together("pushing"):
             self.publisher.finish(published)
 
     def _open_sequence(self, tasks: list[str], resuming: bool) -> PublishedSequence:
@@ -274,6 +274,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
         if self._earlier_record:
             record["earlier_tasks"] = self._earlier_record
+        self.check_finite(task.name)
         self.method.finish_training(self.layers)
         return self.constraint.factors() if self.constraint is not None else {}, record
 
@@ -305,23 +306,22 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         adapter = folded_adapter(self.model, self.layers, factors)
         columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
         check_same_everywhere(adapter | columns)
-        self.begun.end_task(
-            adapter,
-            self.model.peft_config[self.adapter],
-            extensions if self.method.remembers else None,
-            steps=self.state.global_step,
-            metrics=row,
-            training=record,
-            write=self.args.should_save,
-        )
+        with together("writing the task"):
+            self.begun.end_task(
+                adapter,
+                self.model.peft_config[self.adapter],
+                extensions if self.method.remembers else None,
+                steps=self.state.global_step,
+                metrics=row,
+                training=record,
+                write=self.args.should_save,
+            )
         if self.args.save_strategy == SaveStrategy.NO and self.args.should_save:
             shutil.rmtree(self._checkpoint_folder(task), ignore_errors=True)  # it was kept for the case of a failure
 
     def _publish_task(self) -> None:
         """Pushes the sequence, if that was asked for, and has all processes read what one has written."""
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.publisher.publish(self.begun.sequence)
+        self.publisher.publish(self.begun.sequence)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             self.begun.sequence = PublishedSequence.open(self.args.output_dir)

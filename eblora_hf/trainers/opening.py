@@ -6,8 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from ..published.checks import check_new_names
-from ..published.hub import check_beginning, fetch_sequence
+from ..published.hub import check_beginning
 from ..published.identity import describe_base_model
+from ..published.loading import fetch_sequence
 from ..published.sequence import PublishedSequence
 from ..published.strays import check_links, check_strays
 

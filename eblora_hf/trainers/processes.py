@@ -1,8 +1,9 @@
 """Work on many layers shared out among the processes of a distributed run, and a check that all hold the same."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,36 @@ def spread_over_processes(
                 torch.distributed.broadcast(parameter.data, src=index % size)
     results = {name: value for share in shares for name, value in share.items()}
     return {layer.name: results[layer.name] for layer in layers if layer.name in results}
+
+
+@contextlib.contextmanager
+def together(doing: str) -> Iterator[None]:
+    """
+    What fails within the context on one process is raised on all of them at its end.
+
+    For work that waits for no other process: all arrive at the end, and none goes on to wait for one that has failed.
+
+    Args:
+        doing (`str`): What is done, for the message on the others.
+
+    Raises:
+        RuntimeError: on the processes on which it has not failed; on those on which it has, what was raised.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    causes: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(causes, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, cause in enumerate(causes):
+        if cause is not None:
+            raise RuntimeError(f"Process {rank} has failed while {doing}: {cause}")
 
 
 def broadcast_model(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Pushing a sequence while it is being learnt, as the Hub options of `TrainingArguments` say."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..metrics import continual_metrics
 from ..published.card import render_card
 from ..published.files import write
 from ..published.hub import check_remote, push_sequence
+from ..published.requests import is_unanswered
 from ..published.sequence import PublishedSequence
 from .surface import TrainerSurface
 
@@ -19,7 +21,8 @@ logger = logging.get_logger(__name__)
 
 class Publisher:
     """
-    Pushes a sequence to one repository. A push that fails never loses the local task: the next one makes up for it.
+    Pushes a sequence to one repository, on the process that writes, in the background while training goes on. A push
+    that fails never loses the local task: the next one makes up for it.
 
     Args:
         args (`TrainingArguments`): `push_to_hub` and the `hub_*` options. With `hub_strategy="end"` the sequence is
@@ -28,48 +31,86 @@ class Publisher:
     """
 
     def __init__(self, args: TrainingArguments, push_bases: bool | str | None):
-        self.automatic = args.push_to_hub
+        self._args, self._wanted = args, args.push_to_hub
         self.every_task = str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end"
         self.repo_id = args.hub_model_id or Path(str(args.output_dir)).resolve().name
         self.token, self.private, self.revision = args.hub_token, args.hub_private_repo, args.hub_revision
         self.push_bases = push_bases
         self.licence: str | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self._running: Future | None = None
+
+    @property
+    def automatic(self) -> bool:
+        return self._wanted and self._args.should_save
 
     def prepare(self, sequence: PublishedSequence) -> None:
-        """Creates the repository and raises if pushing is refused or would overwrite somebody else's tasks."""
-        if self.automatic:
+        """
+        Creates the repository and raises if pushing is refused or would overwrite somebody else's tasks. A Hub that
+        does not answer does not stop training.
+        """
+        if not self.automatic:
+            return
+        try:
             self.repo_id = check_remote(
                 sequence, self.repo_id, token=self.token, private=self.private, revision=self.revision
             )
+        except Exception as error:
+            if not is_unanswered(error):
+                raise
+            logger.warning(f"The Hub does not answer ({error}). Training begins; it is asked again after the task.")
 
     def publish(self, sequence: PublishedSequence) -> None:
-        """Pushes after a task. A failure is logged, so that learning goes on; `finish` makes up for it."""
-        if not self.automatic or not self.every_task:
+        """Begins a push after a task, unless the one before still runs: the next makes up for it."""
+        if not self.automatic or not self.every_task or (self._running is not None and not self._running.done()):
             return
+        so_far = PublishedSequence(sequence.folder, sequence.base_model, list(sequence.tasks), bases=sequence.bases_at)
+        self._running = self._pool.submit(self._try, so_far)
+
+    def _try(self, sequence: PublishedSequence) -> Exception | None:
+        """Pushes; returns what went wrong, which is logged, so that learning goes on."""
         try:
-            self.push(sequence)
-        except Exception as error:  # whatever the network does, the training goes on
+            self._push(sequence, None, None)
+        except Exception as error:  # whatever the network does
             logger.error(f"The push to {self.repo_id} failed; the task is safe in {sequence.folder}. {error}")
+            return error
+        return None
 
     def finish(self, sequence: PublishedSequence) -> None:
         """
-        Pushes what is not on the Hub yet.
+        Pushes what is not on the Hub yet. If the Hub does not answer, it is given up with a warning.
 
         Raises:
             RuntimeError: if that fails: everything is learnt and saved, but not published.
         """
         if not self.automatic or not sequence.tasks:
             return
-        try:
-            self.push(sequence)
-        except Exception as error:
-            raise RuntimeError(
-                f"All tasks are learnt and saved in {sequence.folder}, but they could not be pushed to "
-                f"{self.repo_id}: {error} Once that is mended, call `trainer.push_to_hub()`."
-            ) from error
+        error = self._wait()
+        if not is_unanswered(error):
+            try:
+                self._push(sequence, None, None)
+                return
+            except Exception as failure:
+                error = failure
+        message = (
+            f"All tasks are learnt and saved in {sequence.folder}, but they could not be pushed to {self.repo_id}: "
+            f"{error} Once that is mended, call `trainer.push_to_hub()`."
+        )
+        if not is_unanswered(error):
+            raise RuntimeError(message) from error
+        logger.warning(message)
 
     def push(self, sequence: PublishedSequence, token: str | None = None, revision: str | None = None) -> str:
         """Pushes now; returns the repository id."""
+        self._wait()
+        return self._push(sequence, token, revision)
+
+    def _wait(self) -> Exception | None:
+        """What became of the push in the background, if there is one."""
+        running, self._running = self._running, None
+        return None if running is None else running.result()
+
+    def _push(self, sequence: PublishedSequence, token: str | None, revision: str | None) -> str:
         return push_sequence(
             sequence,
             self.repo_id,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence
-from eblora_hf.published import hub
+from eblora_hf.published import requests
 
 from ..support import HUB_PORT
 from ..support.children import run_in_child
@@ -42,7 +42,7 @@ def train(folder, repo_id: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_twenty_times_equals_undisturbed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hub._retry, "wait", tenacity.wait_none())
+    monkeypatch.setattr(requests._retry, "wait", tenacity.wait_none())
     moments, kills, completed = random.Random(0), 0, 0
     with HubServer(HUB_PORT) as server:
         start = time.monotonic()

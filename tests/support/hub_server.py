@@ -64,6 +64,8 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[list] = []  # [status, times, pattern]
         self.requests: list[tuple[str, str]] = []
         self.before_commit: Callable[[], None] = lambda: None
+        self.hanging: re.Pattern | None = None  # requests that are never answered, until `release` is set
+        self.release = threading.Event()
         self.lost_answers = 0  # commits that are taken, but answered with a time-out
         self.lock = threading.RLock()
 
@@ -79,6 +81,7 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *args) -> None:
+        self.release.set()
         self.shutdown()
         self.server_close()
 
@@ -110,6 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
         parsed = urlparse(self.path)
         path, self.query = unquote(parsed.path), parse_qs(parsed.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.hanging is not None and self.server.hanging.search(f"{self.command} {path}"):
+            self.server.release.wait()
+            return None
         with self.server.lock:
             self.server.requests.append((self.command, path))
             for fault in self.server.faults:
