@@ -19,6 +19,15 @@ _FACTOR = re.compile(r"base_model\.model\.(\w+(\.\w+)*)\.lora_[AB]\.weight")
 _HEAD = re.compile(r"base_model\.model\.(\w+(\.\w+)*)")
 _NAME = re.compile(r"\w+(\.\w+)*")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TASK_TYPES = {  # PEFT's, by the endings of transformers' class names: its wrappers call the model by them
+    "ForSequenceClassification": ("SEQ_CLS",),
+    "ForTokenClassification": ("TOKEN_CLS",),
+    "ForQuestionAnswering": ("QUESTION_ANS",),
+    "ForCausalLM": ("CAUSAL_LM",),
+    "LMHeadModel": ("CAUSAL_LM",),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", "CAUSAL_LM"),
+    "ForImageClassification": (),
+}
 # options with which the update is more, or other, than γ B A on a weight of the base model
 _OTHER_UPDATES = {
     "use_dora": "DoRA rescales every row of the weight",
@@ -111,20 +120,28 @@ def check_factors(state: AdapterState, source: str | Path) -> None:
             )
 
 
-def check_fits(state: AdapterState, heads: list[str], model: nn.Module, source: str | Path) -> None:
+def check_fits(state: AdapterState, file: AdapterFile, model: nn.Module, source: str | Path) -> None:
     """
     Raises if an adapter has a place on the model for other than all its tensors: those of layers that the model does
     not have, of other shapes, or of parameters that no declared head has.
 
     Args:
         state (`dict[str, torch.Tensor]`): The adapter.
-        heads (`list[str]`): Its declared `modules_to_save`.
+        file ([`AdapterFile`]): Its configuration, with the declared `modules_to_save`.
         model (`nn.Module`): The model without adapters, or with those that PEFT has wrapped its modules in.
         source (`str` or `Path`): For the message.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: naming the tensor; or if the configuration is for another kind of model.
     """
+    heads = file.modules_to_save or []
+    architecture = type(model).__name__
+    kinds = next((kinds for end, kinds in _TASK_TYPES.items() if architecture.endswith(end)), (file.task_type,))
+    if file.task_type is not None and file.task_type not in kinds:
+        raise ValueError(
+            f"{source} is for the task type {file.task_type!r}, but {architecture} is for "
+            f"{' or '.join(map(repr, kinds)) or 'none'}. Load the base model that it was trained on."
+        )
     modules, parameters = _modules(model), _parameters(model)
     lora_b = factors_of(state, "lora_B")
     for name, a in factors_of(state, "lora_A").items():

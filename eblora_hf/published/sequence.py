@@ -161,8 +161,8 @@ class PublishedSequence:
             ValueError: naming the file and the tensor.
         """
         for task, adapter in zip(self.tasks, self.adapters(), strict=True):
-            heads = read_adapter_file(self.folder / task.folder / ADAPTER_CONFIG).modules_to_save or []
-            check_fits(adapter, heads, model, self.folder / task.folder / ADAPTER)
+            file = read_adapter_file(self.folder / task.folder / ADAPTER_CONFIG)
+            check_fits(adapter, file, model, self.folder / task.folder / ADAPTER)
 
     def adapters(self, names: list[str] | None = None) -> list[AdapterState]:
         """The folded adapter of each task, or of some in the order of `names`."""

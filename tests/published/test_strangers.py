@@ -134,6 +134,10 @@ def test_a_configuration_decides_nothing_of_how_an_adapter_is_built(published, f
         ({"r": 0}, "r: .*got 0"),
         ({"lora_alpha": "8"}, "lora_alpha: .*valid number"),
         ({"task_type": "rm -rf"}, "task_type: .*got 'rm -rf'"),
+        (
+            {"task_type": "CAUSAL_LM"},
+            "for the task type 'CAUSAL_LM', but Bert.* is for 'SEQ_CLS'",
+        ),
         ({"modules_to_save": "classifier"}, "modules_to_save: .*valid array"),
         ({"modules_to_save": ["(a*)*!"]}, "modules_to_save.0: "),
         ({"rank_pattern": [1]}, "rank_pattern: "),
