@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from .index import SUBSPACE, Index, TaskRecord
-from .owner import bases_of, remember_bases
+from .owner import remember_bases, settings_of
 from .remote import remote_index, remote_sizes, remote_state
 from .requests import HubApi, retried
 from .schema import MAX_JSON
@@ -24,7 +24,7 @@ class SequenceConflictError(RuntimeError):
 
 
 def push_sequence(
-    sequence: PublishedSequence,
+    sequence: PublishedSequence | str | Path,
     repo_id: str,
     *,
     token: str | None = None,
@@ -37,11 +37,11 @@ def push_sequence(
     """
     Pushes the tasks that the Hub does not have yet: per task one atomic commit, then the tag `task-NN-<name>`.
 
-    Nothing but the sequence is pushed: no checkpoints, no optimizer, no `training_args.bin`. Rate limits, server
-    errors and time-outs are retried with back-off.
+    Nothing but the sequence, its card and the tokenizer or processor beside it is pushed: no checkpoints, no
+    optimizer, no `training_args.bin`. Rate limits, server errors and time-outs are retried with back-off.
 
     Args:
-        sequence ([`PublishedSequence`]): The local sequence.
+        sequence ([`PublishedSequence`], `str` or `Path`): The local sequence, or its folder.
         repo_id (`str`): The repository; it is created if need be.
         token (`str`, *optional*): By default the one that is logged in.
         private (`bool`, *optional*): Whether a repository created here is private.
@@ -63,6 +63,8 @@ def push_sequence(
             public; nothing is pushed then.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses, or still fails after the retries.
     """
+    if not isinstance(sequence, PublishedSequence):
+        sequence = PublishedSequence.open(sequence)
     api, branch = HubApi(token=token), revision or "main"
     repo_id, head, remote = _look(api, sequence, repo_id, private=private, revision=revision)
     where = _where_bases_go(sequence, repo_id, remote, push_bases)
@@ -78,6 +80,8 @@ def push_sequence(
         files: dict[str, bytes | Path] = {
             name: sequence.folder / name for name in task.files if where == "included" or not name.endswith(SUBSPACE)
         }
+        companions = [sequence.folder / name for name in settings_of(sequence.folder).get("companions", [])]
+        files |= {str(path.relative_to(sequence.folder)): path for path in companions if path.is_file()}
         files |= so_far.state_after(count)
         if card is not None and not keep_card:
             files["README.md"] = card(so_far, repo_id, licence).encode()
@@ -126,7 +130,7 @@ def _where_bases_go(
     sequence: PublishedSequence, repo_id: str, remote: Index | None, push_bases: bool | str | None
 ) -> str:
     """Raises a `ValueError` if they have gone elsewhere so far, by the index there or by what was kept here."""
-    kept = bases_of(sequence.folder, repo_id)
+    kept = settings_of(sequence.folder).get("bases", {}).get(repo_id)
     if isinstance(push_bases, str):
         where = push_bases
     elif push_bases is None:

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers.utils import logging
 
@@ -31,7 +35,7 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> BaseMo
         (`None` for fp16 and quantized weights, which round differently).
     """
     config = getattr(model, "config", None)
-    revision = getattr(config, "_commit_hash", None)
+    origin, revision = _origin(model)
     labels = getattr(config, "num_labels", None) if type(model).__name__.endswith("Classification") else None
     shapes: list[tuple[str, list[int]]] = []
     values: Any = hashlib.sha256()  # None once a weight cannot be compared
@@ -54,8 +58,7 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> BaseMo
             sample = whole(parameter.detach()).flatten()[::every].to("cpu", torch.bfloat16)
             values.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return {
-        # only a model that came from the Hub has a commit; paths of one machine are nobody else's business
-        "name_or_path": (getattr(config, "_name_or_path", "") if revision else "") or "",
+        "name_or_path": origin,  # paths of one machine are nobody else's business
         "revision": revision,
         "architecture": type(model).__name__,
         "num_labels": labels,
@@ -63,6 +66,30 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> BaseMo
         "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
         "weights": None if values is None else values.hexdigest(),
     }
+
+
+def local_path(model: nn.Module) -> str | None:
+    """The folder that a model was loaded from, if it was one of this machine."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else None
+
+
+def _origin(model: nn.Module) -> tuple[str, str | None]:
+    """
+    The repository on the Hub that a model came from, and the commit as far as it can be known; else `("", None)`.
+
+    A model does not say by which revision it was loaded. That is the one in its `LoraConfig`, or the commit of the
+    only copy in the cache.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or ""
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) or Path(name).exists():
+        return "", None
+    stated = {adapter.revision for adapter in getattr(model, "peft_config", {}).values() if adapter.revision}
+    cached = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots")
+    commits = [path.parent.name for path in cached.glob("*/config.json")]
+    known = [*stated, getattr(config, "_commit_hash", None), *(commits if len(commits) == 1 else [])]
+    return name, next((revision for revision in known if revision), None)
 
 
 def check_same_model(expected: BaseModelIdentity, model: nn.Module, whose: str) -> None:

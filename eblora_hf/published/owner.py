@@ -1,22 +1,28 @@
-"""What the owner of a sequence keeps beside it and never pushes: where its bases were to go."""
+"""What the owner of a sequence keeps beside it and never pushes."""
 
 from pathlib import Path
+from typing import Any
 
 from .files import json_bytes, write
-from .schema import MAX_JSON, check_settings, read_checked
+from .schema import MAX_JSON, OwnerSettings, check_settings, read_checked
 
-SETTINGS = ".eblora_hub.json"
+SETTINGS = ".eblora_local.json"
 
 
-def bases_of(folder: Path, repo_id: str) -> str | None:
-    """Where the bases of the sequence in a folder went when it was pushed to a repository, if it was."""
+def settings_of(folder: Path) -> OwnerSettings:
+    """Where the bases went by repository, the local path of the base model, and which files lie beside the adapter."""
     path = folder / SETTINGS
-    return read_checked(path, "record of pushes", MAX_JSON, check_settings).get(repo_id) if path.is_file() else None
+    return read_checked(path, "record of what is local", MAX_JSON, check_settings) if path.is_file() else {}
+
+
+def remember(folder: Path, **changes: Any) -> None:
+    """Keeps settings of the sequence in a folder, for [`settings_of`]."""
+    known = settings_of(folder)
+    changed = known | changes
+    if changed != known:
+        write(folder / SETTINGS, json_bytes(changed))
 
 
 def remember_bases(folder: Path, repo_id: str, bases: str) -> None:
-    """Keeps where the bases of the sequence in a folder go, for [`bases_of`]."""
-    path = folder / SETTINGS
-    known = read_checked(path, "record of pushes", MAX_JSON, check_settings) if path.is_file() else {}
-    if known.get(repo_id) != bases:
-        write(path, json_bytes(known | {repo_id: bases}))
+    """Keeps where the bases went when the sequence was pushed to a repository."""
+    remember(folder, bases=settings_of(folder).get("bases", {}) | {repo_id: bases})

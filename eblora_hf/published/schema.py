@@ -17,6 +17,7 @@ Content = TypeVar("Content")
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=500)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", max_length=500)]
 RepoId = Annotated[str, StringConstraints(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", max_length=200)]
 Revision = Annotated[str, StringConstraints(pattern=r"^[\w-][\w./-]*$", max_length=200)]
 ClassName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$", max_length=200)]
@@ -65,6 +66,15 @@ class TrainingRecord(TypedDict, total=False):
     versions: dict[Word, Word]
 
 
+@with_config(_CLOSED)
+class OwnerSettings(TypedDict, total=False):
+    """What is kept beside a sequence and never pushed."""
+
+    bases: dict[RepoId, RepoId]
+    base_model: Annotated[str, StringConstraints(max_length=5000)]
+    companions: Annotated[list[FileName], Field(max_length=1000)]
+
+
 class AdapterFile(BaseModel):
     """
     What is believed of an `adapter_config.json`. How the adapter is built is read from its tensors.
@@ -109,9 +119,9 @@ def check_training(data: bytes) -> TrainingRecord:
     return checked(TrainingRecord, data)
 
 
-def check_settings(data: bytes) -> dict[str, str]:
-    """Places of bases by repository. Raises a `ValueError` naming what is not one."""
-    return checked(dict[RepoId, RepoId], data)
+def check_settings(data: bytes) -> OwnerSettings:
+    """What the owner keeps beside a sequence. Raises a `ValueError` naming a field that is not what it should be."""
+    return checked(OwnerSettings, data)
 
 
 def read_checked(path: Path, what: str, limit: int, check: Callable[[bytes], Content]) -> Content:

@@ -41,6 +41,7 @@ from .files import json_bytes, sync_folder, temporary_name, tensor_bytes, write
 from .identity import check_same_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
 from .locks import one_writer
+from .owner import settings_of
 from .schema import MAX_JSON, BaseModelIdentity, TrainingRecord, check_training, read_checked
 from .strays import check_links, check_strays
 from .task_files import columns_of, task_files
@@ -69,6 +70,9 @@ class PublishedSequence:
         self.base_model = base_model
         self.tasks = tasks or []
         self.bases_at = bases
+
+    def __repr__(self) -> str:
+        return f"PublishedSequence({str(self.folder)!r}, tasks={self.names}, bases={self.bases_at!r})"
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
@@ -270,7 +274,7 @@ class PublishedSequence:
                 write(temporary / file, data)
             os.replace(temporary, final)
             sync_folder(final.parent)
-            for file, data in grown.state_after(len(grown.tasks)).items():  # the index last
+            for file, data in grown.state_after(len(grown.tasks), local=True).items():  # index last
                 write(self.folder / file, data)
         self.tasks.append(record)
         return record
@@ -286,15 +290,21 @@ class PublishedSequence:
                 "Nothing was appended. Open it again, and go on from what is there."
             )
 
-    def state_after(self, count: int) -> dict[str, bytes]:
+    def state_after(self, count: int, *, local: bool = False) -> dict[str, bytes]:
         """
         The files in the root of the sequence after its first `count` tasks: their sum as one adapter, and the index.
+
+        Args:
+            count (`int`): How many tasks.
+            local (`bool`, defaults to `False`): Whether the files stay on this machine, so that a base model without a
+                name on the Hub is named by its path.
         """
         part = PublishedSequence(self.folder, self.base_model, self.tasks[:count], bases=self.bases_at)
         adapter = concatenate(part.adapters())
         file = read_adapter_file(self.folder / part.tasks[-1].folder / ADAPTER_CONFIG)
         config = readable_targets(config_of(file, adapter), file)
-        root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(self._config_dict(config))}
+        base = settings_of(self.folder).get("base_model") if local else None
+        root = {ADAPTER: tensor_bytes(adapter), ADAPTER_CONFIG: json_bytes(self._config_dict(config, base))}
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in root.items()}
         return {**root, INDEX: json_bytes(part._index(digests))}  # the index last
 
@@ -303,15 +313,16 @@ class PublishedSequence:
         index = Index(FORMAT_VERSION, self.base_model, self.bases_at, root, self.tasks)
         return vars(index) | {"tasks": [vars(task) for task in self.tasks]}
 
-    def _config_dict(self, config: LoraConfig) -> dict[str, Any]:
-        """What stock PEFT reads; the base model is the sequence's, never a path of this machine."""
-        fields = config.to_dict() | {"base_model_name_or_path": self.base_model["name_or_path"] or None}
+    def _config_dict(self, config: LoraConfig, local_base: str | None = None) -> dict[str, Any]:
+        """What stock PEFT reads. The base model is named as on the Hub, or by its path where the file stays here."""
+        name = self.base_model["name_or_path"] or local_base
+        fields = config.to_dict() | {"base_model_name_or_path": name, "revision": self.base_model["revision"]}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def write_root(self) -> None:
         """Writes the adapter of all tasks again, as the index describes it."""
         check_links(self.folder)
-        for file, data in self.state_after(len(self.tasks)).items():
+        for file, data in self.state_after(len(self.tasks), local=True).items():
             write(self.folder / file, data)
 
     def copy_to(self, folder: str | Path, bases: str | Path | None = None) -> "PublishedSequence":

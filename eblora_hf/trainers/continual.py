@@ -28,6 +28,7 @@ from ..published.sequence import PublishedSequence
 from .arguments import by_name, check_frozen, check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback, training_record
 from .checkpoints import checkpoint_to_resume
+from .companions import name_base_model
 from .constrained import ConstrainedMixin
 from .evaluation import accuracy_row, sets_to_measure, without_early_stopping
 from .one_task import as_task, draw_lora_A, joined_output, put_fresh_adapter
@@ -172,6 +173,8 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         pending = [task for task in tasks if task.name not in published.names]
         history = []
         with one_writer(published.folder, "run", writes=self.args.should_save):
+            if self.args.should_save:
+                name_base_model(published.folder, self.model.get_base_model())
             for task in pending:
                 folder, resumed = self._checkpoint_folder(task), resume if task is pending[0] else None
                 checkpoint = checkpoint_to_resume(folder, task.name, resumed, is_first=not published.tasks)
@@ -223,7 +226,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         trained = self._leave_training(task)
         row = self._measure_task(task)
         self._keep_task(task, seed, trained, row)
-        self._publish_task()
+        self.publish_task()
         return output
 
     def _renew_adapter(self, task: Task) -> None:
@@ -316,15 +319,9 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
                 training=record,
                 write=self.args.should_save,
             )
+            self.write_companions()
         if self.args.save_strategy == SaveStrategy.NO and self.args.should_save:
             shutil.rmtree(self._checkpoint_folder(task), ignore_errors=True)  # it was kept for the case of a failure
-
-    def _publish_task(self) -> None:
-        """Pushes the sequence, if that was asked for, and has all processes read what one has written."""
-        self.publisher.publish(self.begun.sequence)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            self.begun.sequence = PublishedSequence.open(self.args.output_dir)
 
     # ---- parts of these events ----
 

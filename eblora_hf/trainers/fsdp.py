@@ -146,7 +146,9 @@ class ShardedMixin(TrainerSurface):
         folder = Path(output_dir or self.args.output_dir)
         published = self.task_callback and self.task_callback.sequence
         if not self.is_in_train and published and published.tasks:  # the sum of all tasks
-            for file, data in published.state_after(len(published.tasks)).items() if self.args.should_save else ():
+            for file, data in (
+                published.state_after(len(published.tasks), local=True).items() if self.args.should_save else ()
+            ):
                 write(folder / file, data)
             return
         self._reshard()

@@ -14,6 +14,7 @@ from ..published.files import write
 from ..published.hub import check_remote, push_sequence
 from ..published.requests import is_unanswered
 from ..published.sequence import PublishedSequence
+from .companions import write_processing_class
 from .surface import TrainerSurface
 
 logger = logging.get_logger(__name__)
@@ -100,6 +101,10 @@ class Publisher:
             raise RuntimeError(message) from error
         logger.warning(message)
 
+    def write_card(self, sequence: PublishedSequence) -> None:
+        """Writes the card beside the adapter."""
+        write(sequence.folder / "README.md", render_card(sequence, self.repo_id, self.licence).encode())
+
     def push(self, sequence: PublishedSequence, token: str | None = None, revision: str | None = None) -> str:
         """Pushes now; returns the repository id."""
         self._wait()
@@ -177,10 +182,21 @@ class PublishingMixin(TrainerSurface):
         Writes the card of the sequence to `args.output_dir`. Takes the arguments of the parent; `license` matters.
         """
         if self.task_callback is not None and self.task_callback.sequence.tasks and self.is_world_process_zero():
-            sequence = self.task_callback.sequence
             self.publisher.licence = license or self.publisher.licence
-            text = render_card(sequence, self.publisher.repo_id, license)
-            write(sequence.folder / "README.md", text.encode())
+            self.publisher.write_card(self.task_callback.sequence)
+
+    def write_companions(self) -> None:
+        """Writes what stock loaders look for beside the adapter, on the process that writes."""
+        if self.args.should_save:
+            write_processing_class(self.begun.sequence, self.processing_class)
+            self.publisher.write_card(self.begun.sequence)
+
+    def publish_task(self) -> None:
+        """Pushes the sequence, if that was asked for, and has all processes read what one has written."""
+        self.publisher.publish(self.begun.sequence)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            self.begun.sequence = PublishedSequence.open(self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

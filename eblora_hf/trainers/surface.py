@@ -35,6 +35,8 @@ class TrainerSurface(Trainer):
 
     model: Any
     args: Any
+    accelerator: Any
+    processing_class: Any
     optimizer: Any
     eblora_config: EBLoRAConfig
     method: Method
