@@ -40,9 +40,10 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
     measured = not math.isnan(matrix[-1][-1])
     metrics = {name: value for name, value in continual_metrics(matrix).items() if not math.isnan(value)}
     records = sequence.training()
+    metric = records[-1].get("metric", "accuracy")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_template("sequence.md.jinja")).render(
-        metadata=_metadata(sequence, repo_id, licence).to_yaml(),
+        metadata=_metadata(sequence, repo_id, licence, metric).to_yaml(),
         title=repo_id.rsplit("/", 1)[-1],
         repo_id=repo_id,
         base_name=base["name_or_path"] or f"a {base['architecture']}",
@@ -53,6 +54,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         has_heads=bool(heads_of(sequence.adapters([sequence.names[-1]])[0])),
         matrix=[[f"{value:.4g}" for value in row] for row in matrix] if measured else None,
         metrics=[(name, f"{value:.4g}", FORMULAS[name]) for name, value in metrics.items()],
+        metric=metric,
         training=[_training_row(task.name, record) for task, record in zip(sequence.tasks, records, strict=True)],
         versions=", ".join(f"{name} {number}" for name, number in records[-1].get("versions", {}).items())
         or "not stated",
@@ -84,7 +86,7 @@ def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
     )
 
 
-def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None) -> ModelCardData:
+def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None, metric: str) -> ModelCardData:
     base, last = sequence.base_model, sequence.tasks[-1]
     ending = next((kind for end, kind in _TASK_TYPES.items() if base["architecture"].endswith(end)), "other")
     results = [
@@ -92,7 +94,7 @@ def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None) ->
             task_type=ending,
             dataset_type=name,
             dataset_name=name,
-            metric_type="accuracy",
+            metric_type=metric,
             metric_name=f"after {last.name}",
             metric_value=last.metrics[name],
         )

@@ -1,5 +1,6 @@
 """What the JSON files of a sequence may say: each is read through this, wherever it comes from."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
@@ -64,6 +65,7 @@ class TrainingRecord(TypedDict, total=False):
     optim: Word
     seed: int
     versions: dict[Word, Word]
+    metric: Word  # of the row in the index
 
 
 @with_config(_CLOSED)
@@ -97,6 +99,11 @@ class AdapterFile(BaseModel):
     alpha_pattern: Annotated[dict[str, Number], Field(max_length=10_000)] | None = None
     bias: Literal["none"] = "none"
     init_lora_weights: bool | Text | None = True
+
+
+def as_word(text: str) -> str:
+    """A text without what would be markup in a card, as `training.json` holds it."""
+    return re.sub(r"[^\w.+/-]+", "_", text)[:100]
 
 
 def checked(schema: Any, data: bytes) -> Any:

@@ -24,13 +24,14 @@ from ..manifold.maps import flushed_denormals, multiplies_exactly
 from ..methods.base import Snapshot
 from ..methods.build import build_method
 from ..published.locks import one_writer
+from ..published.schema import as_word
 from ..published.sequence import PublishedSequence
 from .arguments import by_name, check_frozen, check_layers, check_set_up, read_tasks, with_adapter
 from .callback import TaskSequenceCallback, training_record
 from .checkpoints import checkpoint_to_resume
 from .companions import name_base_model
 from .constrained import ConstrainedMixin
-from .evaluation import accuracy_row, sets_to_measure, without_early_stopping
+from .evaluation import metric_row, sets_to_measure, warn_of_missing_sets, with_token_accuracy, without_early_stopping
 from .one_task import as_task, draw_lora_A, joined_output, put_fresh_adapter
 from .opening import check_bases, open_sequence
 from .processes import broadcast_model, check_same_everywhere, spread_over_processes, together
@@ -224,8 +225,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         if not self.is_trained:
             return output
         trained = self._leave_training(task)
-        row = self._measure_task(task)
-        self._keep_task(task, seed, trained, row)
+        self._keep_task(task, seed, trained, self._measure_task(task))
         self.publish_task()
         return output
 
@@ -281,29 +281,29 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         self.method.finish_training(self.layers)
         return self.constraint.factors() if self.constraint is not None else {}, record
 
-    def _measure_task(self, task: Task) -> dict[str, float]:
-        """The row of the accuracy matrix."""
-        published, best = self.begun.sequence, self.args.metric_for_best_model
+    def _measure_task(self, task: Task) -> tuple[str | None, dict[str, float]]:
+        """The metric and the row of the matrix."""
+        published = self.begun.sequence
         alone = self.tasks is not None and len(self.tasks) == 1 and self.compute_metrics is not None
         sets = sets_to_measure(self.eval_dataset, task.name, alone=alone)
+        warn_of_missing_sets(sets, [*published.names, task.name])
 
         def head_of(name: str) -> AbstractContextManager:
             # an earlier task is measured with the head it was learnt with
             head = heads_of(published.adapters([name])[0]) if name in published.names else {}
             return with_heads(self.model, self.adapter, head)
 
-        with without_early_stopping(self.callback_handler):
-            return accuracy_row(
-                sets,
-                self.evaluate,
-                [name.removeprefix("eval_") for name in (best, "accuracy") if name],
-                head_of,
-                expected=self.compute_metrics is not None or best not in (None, "loss", "eval_loss"),
-            )
+        def evaluate(one: dict[str, Any]) -> dict[str, float]:
+            return with_token_accuracy(self.evaluate(one), next(iter(one)), self.state.log_history)
 
-    def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], row: dict[str, float]) -> None:
+        with without_early_stopping(self.callback_handler):
+            return metric_row(sets, evaluate, self.args.metric_for_best_model, head_of)
+
+    def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], measured: tuple[str | None, dict]) -> None:
         """Extends the bases by a snapshot at the trained weights, and appends the task to the sequence."""
-        factors, record = trained
+        (factors, record), (metric, row) = trained, measured
+        if metric is not None:
+            record["metric"] = as_word(metric)
         self.unwrap()
         extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
         adapter = folded_adapter(self.model, self.layers, factors)

@@ -1,4 +1,4 @@
-"""The row of the accuracy matrix: all evaluation sets at the end of a task, earlier tasks with their own head."""
+"""A row of the matrix: one metric of all evaluation sets at the end of a task, earlier tasks with their own head."""
 
 import contextlib
 import math
@@ -12,6 +12,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_TOKENS = "mean_token_accuracy"
+_PARENTS = {  # what `Trainer.evaluate` returns of itself
+    *("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time", _TOKENS),
+    *("jit_compilation_time", "num_tokens", "entropy"),
+}
+
 
 def sets_to_measure(eval_dataset: Any, task: str, *, alone: bool) -> dict[str, Any]:
     """
@@ -22,43 +28,70 @@ def sets_to_measure(eval_dataset: Any, task: str, *, alone: bool) -> dict[str, A
     return {task: eval_dataset} if alone and eval_dataset is not None else {}
 
 
-def accuracy_row(
+def metric_row(
     sets: dict[str, Any],
     evaluate: Callable[[dict[str, Any]], dict[str, float]],
-    metrics: list[str],
+    wanted: str | None,
     head_of: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
-    *,
-    expected: bool = False,
-) -> dict[str, float]:
+) -> tuple[str | None, dict[str, float]]:
     """
-    Evaluates each set and takes one number out of what was measured.
+    Evaluates each set and takes one number out of what was measured: the same metric of all.
 
     Args:
         sets (`dict`): Evaluation sets by name.
         evaluate (`Callable`): `Trainer.evaluate`, called with one set in a dict: returns `eval_<name>_<metric>`.
-        metrics (`list[str]`): Names of the metric to take, the first that there is; never the loss.
+        wanted (`str`, *optional*): `metric_for_best_model`, with or without `eval_`.
         head_of (`Callable`): A context within which the model has the head that belongs to a set.
-        expected (`bool`, defaults to `False`): Whether to warn if none of the sets gives a number.
 
     Returns:
-        `dict[str, float]`: By the name of the set, where there is a finite number.
+        `tuple` of the metric and its values by the name of the set, where they are finite. The metric is the wanted
+        one unless that is the loss, `accuracy`, the only one that `compute_metrics` returns, `mean_token_accuracy`
+        (TRL's), or `loss`, the first that there is. `(None, {})` without a set.
     """
-    wanted = [metric for metric in metrics if metric != "loss"]
-    row, seen = {}, set()
+    measured: dict[str, dict[str, float]] = {}
     for name, dataset in sets.items():
         with head_of(name):
-            measured = evaluate({name: dataset})
-        seen |= {key.removeprefix(f"eval_{name}_") for key in measured}
-        values = [float(measured[key]) for key in (f"eval_{name}_{metric}" for metric in wanted) if key in measured]
-        if values and math.isfinite(values[0]):
-            row[name] = values[0]
-    if sets and not row and expected:
+            results = evaluate({name: dataset})
+        measured[name] = {key.removeprefix(f"eval_{name}_"): value for key, value in results.items()}
+    metric = _choose(measured, (wanted or "").removeprefix("eval_"))
+    row = {name: float(values[metric]) for name, values in measured.items() if metric in values}
+    infinite = sorted(name for name, value in row.items() if not math.isfinite(value))
+    if infinite:
+        logger.warning(f"The {metric} of {', '.join(infinite)} is no finite number: it has no place in the matrix.")
+    return metric, {name: value for name, value in row.items() if name not in infinite}
+
+
+def _choose(measured: dict[str, dict[str, float]], wanted: str) -> str | None:
+    """The metric of a row."""
+    names = {metric for values in measured.values() for metric in values}
+    own = sorted(name for name in names if name not in _PARENTS and not name.startswith("eval_"))
+    if wanted not in ("", "loss", *names) and measured:
         logger.warning(
-            f"The accuracy matrix stays empty: evaluation returns {', '.join(sorted(seen))}, and none of them is "
-            f"called {' or '.join(map(repr, metrics))}. Return it from `compute_metrics`, or name another one with "
-            "`metric_for_best_model`."
+            f"metric_for_best_model={wanted!r} is not among what evaluation returns: {', '.join(sorted(names))}."
         )
-    return row
+    if len(own) > 1 and not {wanted, "accuracy"} & set(own):
+        logger.warning(
+            f"Evaluation returns {', '.join(own)}, and none of them is called 'accuracy': the matrix is of the loss. "
+            "Name one with `metric_for_best_model`."
+        )
+    candidates = ["" if wanted == "loss" else wanted, "accuracy", *(own if len(own) == 1 else []), _TOKENS, "loss"]
+    return next((name for name in candidates if name in names), None)
+
+
+def with_token_accuracy(results: dict[str, float], name: str, history: list[dict[str, Any]]) -> dict[str, float]:
+    """What was measured on a set, with the token accuracy that TRL's trainers only log."""
+    logged = history[-1].get(f"eval_{_TOKENS}") if history else None
+    return results if logged is None else results | {f"eval_{name}_{_TOKENS}": logged}
+
+
+def warn_of_missing_sets(sets: Any, tasks: list[str]) -> None:
+    """Says which tasks have no evaluation set, if others have one: the matrix has no numbers in their columns."""
+    missing = [name for name in tasks if isinstance(sets, dict) and name not in sets]
+    if missing and sets:
+        logger.warning(
+            f"`eval_dataset` has no set for {', '.join(missing)}: what is left of them is not measured, and metrics "
+            "that need it are NaN."
+        )
 
 
 @contextlib.contextmanager

@@ -1,20 +1,35 @@
 """The row of the accuracy matrix without a trainer."""
 
 import contextlib
+import math
 
 import pytest
 from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_callback import CallbackHandler
 
-from eblora_hf.trainers.evaluation import accuracy_row, sets_to_measure, without_early_stopping
+from eblora_hf.trainers.evaluation import (
+    metric_row,
+    sets_to_measure,
+    warn_of_missing_sets,
+    without_early_stopping,
+)
 
 
-def evaluate(sets):
-    (name,) = sets
-    return {f"eval_{name}_loss": 1.5, f"eval_{name}_accuracy": {"a": 0.5, "b": float("nan"), "c": 0.25}[name]}
+def measures(**metrics):
+    """`Trainer.evaluate` that returns these, which may differ by set."""
+
+    def evaluate(sets):
+        (name,) = sets
+        values = {"loss": 1.5, "runtime": 0.1, "samples_per_second": 3.0} | metrics
+        return {
+            f"eval_{name}_{metric}": value[name] if isinstance(value, dict) else value
+            for metric, value in values.items()
+        }
+
+    return evaluate
 
 
-def test_a_row_has_the_finite_numbers_of_the_first_metric_that_there_is():
+def test_a_row_has_the_finite_numbers_of_one_metric(caplog):
     heads = []
 
     @contextlib.contextmanager
@@ -22,14 +37,48 @@ def test_a_row_has_the_finite_numbers_of_the_first_metric_that_there_is():
         heads.append(name)
         yield
 
-    row = accuracy_row(dict.fromkeys("abc"), evaluate, ["f1", "accuracy"], head_of)
-    assert row == {"a": 0.5, "c": 0.25}
+    evaluate = measures(accuracy={"a": 0.5, "b": math.nan, "c": 0.25})
+    assert metric_row(dict.fromkeys("abc"), evaluate, None, head_of) == ("accuracy", {"a": 0.5, "c": 0.25})
     assert heads == ["a", "b", "c"]
+    assert "The accuracy of b is no finite number" in caplog.text
 
 
-def test_the_loss_is_no_accuracy(caplog):
-    assert accuracy_row({"a": None}, evaluate, ["loss"], expected=True) == {}
-    assert "evaluation returns accuracy, loss" in caplog.text
+@pytest.mark.parametrize(
+    ("metrics", "wanted", "chosen"),
+    [
+        ({"accuracy": 0.5, "f1": 0.4}, None, "accuracy"),
+        ({"accuracy": 0.5, "f1": 0.4}, "f1", "f1"),
+        ({"accuracy": 0.5, "f1": 0.4}, "eval_f1", "f1"),
+        ({"accuracy": 0.5}, "loss", "accuracy"),
+        ({"accuracy": 0.5}, "eval_loss", "accuracy"),
+        ({"f1": 0.4}, None, "f1"),
+        ({"f1": 0.4}, "loss", "f1"),
+        ({"mean_token_accuracy": 0.4}, None, "mean_token_accuracy"),
+        ({}, None, "loss"),
+        ({}, "eval_loss", "loss"),
+    ],
+)
+def test_which_metric_it_is(caplog, metrics, wanted, chosen):
+    metric, row = metric_row({"a": None}, measures(**metrics), wanted)
+    assert (metric, row) == (chosen, {"a": metrics.get(chosen, 1.5)})
+    assert not caplog.text
+
+
+def test_what_cannot_be_told_is_said(caplog):
+    assert metric_row({"a": None}, measures(f1=0.4, em=0.3), None) == ("loss", {"a": 1.5})
+    assert "Evaluation returns em, f1, and none of them is called 'accuracy': the matrix is of the loss" in caplog.text
+    assert metric_row({"a": None}, measures(accuracy=0.5), "f1") == ("accuracy", {"a": 0.5})
+    assert "metric_for_best_model='f1' is not among what evaluation returns" in caplog.text
+    assert metric_row({}, measures(), "f1") == (None, {})
+
+
+def test_tasks_without_a_set_are_named(caplog):
+    warn_of_missing_sets({"b": 1}, ["a", "b", "c"])
+    assert "no set for a, c: what is left of them is not measured" in caplog.text
+    caplog.clear()
+    for sets in ({"a": 1, "b": 1, "c": 1}, {}, None):
+        warn_of_missing_sets(sets, ["a", "b", "c"])
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("alone", [True, False])

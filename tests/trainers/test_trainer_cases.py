@@ -264,13 +264,27 @@ def test_a_plain_evaluation_set_fills_the_matrix_when_appending(tmp_path):
 
 def test_metrics_by_another_name(tmp_path):
     evaluation = {name: make_text_data("bert", seed=50) for name in ("one", "two")}
-    options = {"eval_dataset": evaluation, "compute_metrics": lambda prediction: {"f1": 0.25}}
-    trainer = make_trainer(tmp_path / "named", metric_for_best_model="f1", **options)
+    options = {"eval_dataset": evaluation, "compute_metrics": lambda prediction: {"F1 (macro) | %": 0.25}}
+    trainer = make_trainer(tmp_path / "named", metric_for_best_model="F1 (macro) | %", **options)
     trainer.train()
     assert trainer.accuracy_matrix.tolist() == [[0.25, 0.25], [0.25, 0.25]]
     trainer = make_trainer(tmp_path / "unnamed", **options)
     trainer.train()
-    assert trainer.task_callback.sequence.tasks[0].metrics == {}
+    assert trainer.accuracy_matrix.tolist() == [[0.25, 0.25], [0.25, 0.25]]  # the only one there is
+    assert "`F1_macro_` on each task (column)" in (tmp_path / "unnamed/README.md").read_text()
+
+
+def test_without_metrics_the_matrix_is_of_the_loss(tmp_path):
+    evaluation = {name: make_text_data("bert", seed=i + 50) for i, name in enumerate(("one", "two"))}
+    trainer = make_trainer(tmp_path, eval_dataset=evaluation)
+    trainer.train()
+    measured = trainer.evaluate()
+    assert trainer.accuracy_matrix[1].tolist() == [measured["eval_one_loss"], measured["eval_two_loss"]]
+    assert trainer.task_callback.sequence.training()[0]["metric"] == "loss"
+    card = (tmp_path / "README.md").read_text()
+    assert "`loss` on each task (column)" in card
+    assert "lower is better and a BWT above zero means forgetting" in card
+    assert "type: loss" in card
 
 
 def test_tasks_without_basis_cannot_be_followed_by_a_method_that_needs_one(tmp_path):
