@@ -1,6 +1,7 @@
 """The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import datasets
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
 
 from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
@@ -80,7 +81,26 @@ class ConstrainedMixin(ShardedMixin):
             starting_batch_size=self._train_batch_size,
             auto_find_batch_size=self.args.auto_find_batch_size,
         )
-        return take()
+        try:
+            return take()
+        except Exception as error:
+            error.add_note(
+                "This happened while a snapshot of the task was taken, before or after its training: through the "
+                "trainer's own collator and loss, in evaluation mode."
+            )
+            raise
+
+    def plan_training(self) -> None:
+        """
+        Sets the state to that of the beginning of the training to come, for the snapshot before it: a loss may depend
+        on the step and the number of steps.
+        """
+        steps = self.args.max_steps
+        if steps <= 0:
+            batches = len(self.get_train_dataloader())
+            steps_of_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
+            steps = math.ceil(self.args.num_train_epochs * steps_of_epoch)
+        self.state = TrainerState(max_steps=steps, num_train_epochs=math.ceil(self.args.num_train_epochs))
 
     def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
         # a user's loss function is promised the number of items; models take their own mean without it

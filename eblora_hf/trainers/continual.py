@@ -256,6 +256,9 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         """What the method starts the task from: a snapshot of its data at the current weights, or a checkpoint."""
         set_seed(seed)
         if checkpoint is None:
+            with as_task(self, task, self._checkpoint_folder(task)):
+                self.plan_training()
+            set_seed(seed)
             draw_lora_A(self.layers)
             self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
         else:

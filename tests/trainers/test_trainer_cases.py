@@ -413,3 +413,37 @@ def test_ranks_of_layers_whose_names_end_alike(tmp_path):
     ranks = {key: value.shape[0] for key, value in state.items() if "lora_A" in key}
     assert sorted(ranks.values()) == [4, 6]
     assert {layer.name: layer.rank for layer in trainer.layers} == {"inner.fc": 6, "fc": 4}
+
+
+class DecayingLoss(ContinualEBLoRATrainer):
+    """A loss that depends on where in the training it is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        self.__dict__.setdefault("seen", []).append((self.state.global_step, self.state.max_steps))
+        loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return loss * (1.0 - 0.5 * self.state.global_step / self.state.max_steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"max_steps": 4}, 4), ({"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 4}, 4)],
+)
+def test_a_loss_may_depend_on_the_step(tmp_path, options, steps):
+    trainer = make_trainer(tmp_path, cls=DecayingLoss, **options)
+    trainer.train()
+    assert [task.steps for task in trainer.task_callback.sequence.tasks] == [steps, steps]
+    assert {total for _, total in trainer.seen} == {steps}
+    assert trainer.seen[0][0] == 0  # the snapshot at the start
+    assert trainer.seen[-1][0] == steps  # the one at the end
+
+
+def test_an_error_in_a_snapshot_says_so(tmp_path):
+    class Fails(ContinualEBLoRATrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            if not model.training:
+                raise KeyError("a weight of the loss")
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    with pytest.raises(KeyError) as caught:
+        make_trainer(tmp_path, cls=Fails).train()
+    assert "while a snapshot of the task was taken" in caught.value.__notes__[0]
