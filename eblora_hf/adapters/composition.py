@@ -88,6 +88,12 @@ def concatenate(adapters: list[AdapterState]) -> AdapterState:
     for kind, dim in (("lora_A", 0), ("lora_B", 1)):
         for name in factors_of(first, kind):
             key = factor_key(name, kind)
+            sizes = {adapter[key].shape[1 - dim] for adapter in adapters}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"The tasks of a sequence must adapt the same layers, but {kind} of {name} has "
+                    f"{' and '.join(map(str, sorted(sizes)))} {'rows' if dim else 'columns'} in different tasks."
+                )
             result[key] = torch.cat([adapter[key] for adapter in adapters], dim=dim)
     return result
 

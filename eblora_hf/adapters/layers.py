@@ -130,9 +130,8 @@ def find_layers(model: PeftModel, adapter: str) -> list[AdaptedLayer]:
 
     Raises:
         ValueError: if the adapter does not exist, is not LoRA, or uses what an orthonormal update cannot express
-        (DoRA,
-            biases, embeddings, convolutions, tied weights, initialisations that change the base); the message names
-            it.
+            (DoRA, biases, embeddings, convolutions, tied weights, initialisations that change the base); the message
+            names it.
     """
     if adapter not in model.peft_config:
         raise ValueError(f"The model has no adapter {adapter!r}, only {list(model.peft_config)}.")

@@ -18,7 +18,8 @@ from ..published.index import ADAPTER, ADAPTER_CONFIG
 from ..published.schema import AdapterFile
 
 _PICKLE = "adapter_model.bin"
-_PATIENCE = 2.0  # seconds for the patterns of a configuration, which may come from anywhere
+_PATIENCE = 10.0  # seconds for the patterns of a configuration, which may come from anywhere
+_LONGEST = 1000  # characters of one
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,20 @@ def _by_layer(patterns: dict[str, Any], names: list[str], default: Any, source: 
     Raises:
         ValueError: for what is no regular expression, or takes too long to match.
     """
+    exact = {f"^{re.escape(name)}": name for name in names}  # what PEFT itself and this package write
+    if patterns.keys() <= exact.keys():
+        return dict.fromkeys(names, default) | {exact[pattern]: value for pattern, value in patterns.items()}
     end = time.monotonic() + _PATIENCE
     found = {}
     for name in names:
         found[name] = default
         for pattern, value in patterns.items():
             try:
-                match = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(end - time.monotonic(), 1e-3))
-            except (regex.error, TimeoutError) as error:
+                remaining = end - time.monotonic()
+                if remaining <= 0 or len(pattern) > _LONGEST:
+                    raise TimeoutError
+                match = regex.match(rf"(.*\.)?({pattern})$", name, timeout=remaining)
+            except (regex.error, TimeoutError, RecursionError, MemoryError, OverflowError) as error:
                 raise ValueError(
                     f"{source}: the pattern {pattern!r:.80} in {ADAPTER_CONFIG} is no regular expression, or takes "
                     "too long to match."

@@ -15,9 +15,9 @@ from ..adapters.states import AdapterState, exact_config, factors_of, heads_of
 from .files import check_no_pointer
 from .schema import MAX_JSON, AdapterFile, checked, read_checked
 
-_FACTOR = re.compile(r"base_model\.model\.(\w+(\.\w+)*)\.lora_[AB]\.weight")
-_HEAD = re.compile(r"base_model\.model\.(\w+(\.\w+)*)")
-_NAME = re.compile(r"\w+(\.\w+)*")
+_FACTOR = re.compile(r"base_model\.model\.([\w-]+(\.[\w-]+)*)\.lora_[AB]\.weight")
+_HEAD = re.compile(r"base_model\.model\.([\w-]+(\.[\w-]+)*)")
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TASK_TYPES = {  # PEFT's, by the endings of transformers' class names: its wrappers call the model by them
     "ForSequenceClassification": ("SEQ_CLS",),
@@ -132,17 +132,9 @@ def check_fits(state: AdapterState, file: AdapterFile, model: nn.Module, source:
         source (`str` or `Path`): For the message.
 
     Raises:
-        ValueError: naming the tensor; or if the configuration is for another kind of model.
+        ValueError: naming the tensor.
     """
-    heads = file.modules_to_save or []
-    architecture = type(model).__name__
-    kinds = next((kinds for end, kinds in _TASK_TYPES.items() if architecture.endswith(end)), (file.task_type,))
-    if file.task_type is not None and file.task_type not in kinds:
-        raise ValueError(
-            f"{source} is for the task type {file.task_type!r}, but {architecture} is for "
-            f"{' or '.join(map(repr, kinds)) or 'none'}. Load the base model that it was trained on."
-        )
-    modules, parameters = _modules(model), _parameters(model)
+    modules, parameters, buffers = _modules(model), _parameters(model), _buffers(model)
     lora_b = factors_of(state, "lora_B")
     for name, a in factors_of(state, "lora_A").items():
         shape = _shape(modules.get(name))
@@ -152,20 +144,40 @@ def check_fits(state: AdapterState, file: AdapterFile, model: nn.Module, source:
                 f"{source} adapts {name}, a layer of {(lora_b[name].shape[0], a.shape[1])} outputs and inputs, but "
                 f"the model {has}. Load the base model that it was trained on."
             )
-    for key, tensor in heads_of(state).items():
-        name = key.removeprefix("base_model.model.")
-        owner = next((head for head in heads if re.search(rf"(^|\.){re.escape(head)}\.", name)), None)
-        if owner is None:
+    held = {key.removeprefix("base_model.model."): tensor for key, tensor in heads_of(state).items()}
+    owned: set[str] = set()
+    for head in file.modules_to_save or []:
+        wrapped = [name for name in modules if name.endswith(head)]  # PEFT's rule
+        inside = {name for name in held if any(name.startswith(f"{module}.") for module in wrapped)}
+        own = {name for name in parameters if any(name.startswith(f"{module}.") for module in wrapped)}
+        if inside and any(f"{layer}.".startswith(f"{module}.") for module in wrapped for layer in lora_b):
+            raise ValueError(f"{source}: the declared head {head!r} holds layers that the adapter adapts.")
+        missing = ", ".join(sorted(own - inside - buffers))
+        if inside and missing:
+            raise ValueError(f"{source} lacks {missing:.300} of the declared head {head!r}.")
+        owned |= inside
+    for name, tensor in held.items():
+        if name not in owned:
             raise ValueError(
                 f"{source} holds {name}, which is neither a LoRA factor nor part of a declared head "
-                f"({', '.join(heads) or 'none'}). It is not loaded: it would replace weights of the base model."
+                f"({', '.join(file.modules_to_save or []) or 'none'}). It is not loaded: it would replace weights of "
+                "the base model."
             )
-        if name not in parameters or parameters[name] != tuple(tensor.shape):
+        if parameters.get(name) != tuple(tensor.shape):
             has = f"one of shape {parameters[name]}" if name in parameters else "none of that name"
             raise ValueError(
-                f"{source} holds {name} of shape {tuple(tensor.shape)} for the head {owner!r}, but the model has "
-                f"{has}. Load the base model that it was trained on, with as many labels."
+                f"{source} holds {name} of shape {tuple(tensor.shape)}, but the model has {has}. Load the base model "
+                "that it was trained on, with as many labels."
             )
+
+
+def fitting_task_type(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """The configuration without a task type by which PEFT's wrapper could not call the model."""
+    architecture = type(model).__name__
+    kinds = next((kinds for end, kinds in _TASK_TYPES.items() if architecture.endswith(end)), None)
+    if kinds is not None and config.task_type not in kinds:
+        config.task_type = None
+    return config
 
 
 def config_of(file: AdapterFile, state: AdapterState, heads: list[str] | None = None) -> LoraConfig:
@@ -175,7 +187,7 @@ def config_of(file: AdapterFile, state: AdapterState, heads: list[str] | None = 
     """
     held = heads_of(state)
     declared = file.modules_to_save or [] if heads is None else heads
-    used = [name for name in declared if any(f".{name}." in key for key in held)]
+    used = [name for name in declared if any(f"{name}." in key for key in held)]
     return exact_config(state, file.task_type, used)
 
 
@@ -190,17 +202,27 @@ def readable_targets(config: LoraConfig, file: AdapterFile) -> LoraConfig:
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by the names that they have without PEFT's wrappers."""
-    return {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
+    named = model.named_modules(remove_duplicate=False)
+    return {_unwrapped(name): module for name, module in named if ".modules_to_save" not in name}
 
 
 def _parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes by the names that parameters and buffers have without PEFT's wrappers."""
-    own = [*model.named_parameters(), *model.named_buffers()]
+    """Shapes by the names that parameters and buffers have without PEFT's wrappers; tied ones under all of them."""
+    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {
-        re.sub(r"\.base_layer|\.original_module", "", name): tuple(tensor.shape)
+        _unwrapped(name): tuple(tensor.shape)
         for name, tensor in own
         if ".lora_" not in name and ".modules_to_save." not in name
     }
+
+
+def _buffers(model: nn.Module) -> set[str]:
+    """Names of buffers, which an adapter may have or not."""
+    return {_unwrapped(name) for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def _unwrapped(name: str) -> str:
+    return re.sub(r"\.base_layer|\.original_module", "", name)
 
 
 def _shape(module: nn.Module | None) -> tuple[int, int] | None:

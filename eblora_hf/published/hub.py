@@ -59,8 +59,7 @@ def push_sequence(
     Raises:
         SequenceConflictError: if the sequence on the Hub is not the beginning of this one; nothing is pushed then.
         ValueError: if the bases of the sequence on the Hub are elsewhere than `push_bases` says, or their repository
-        is
-            public; nothing is pushed then.
+            is public; nothing is pushed then.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses, or still fails after the retries.
     """
     if not isinstance(sequence, PublishedSequence):

@@ -50,7 +50,7 @@ class TaskRecord:
     created: Text
     rank: Count
     steps: Count
-    metrics: Annotated[dict[Text, Number], Field(max_length=10_000)] = field(default_factory=dict)
+    metrics: Annotated[dict[str, Number], Field(max_length=10_000)] = field(default_factory=dict)
     files: dict[Text, Digest] = field(default_factory=dict)
 
     @property
@@ -78,7 +78,7 @@ class Index:
     base_model: BaseModelIdentity
     bases: RepoId
     files: dict[Text, Digest]
-    tasks: Annotated[list[TaskRecord], Field(max_length=MAX_TASKS)]
+    tasks: Annotated[list[TaskRecord], Field(min_length=1, max_length=MAX_TASKS)]
 
     @classmethod
     def read(cls, path: Path) -> "Index":

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..adapters.composition import concatenate, load_adapter
 from ..adapters.states import folded_config, heads_of
+from .adapter_files import fitting_task_type
 from .index import INDEX, SUBSPACE
 from .owner import remember_bases
 from .remote import fetch_files, remote_state
@@ -133,6 +134,7 @@ def load_sequence(
         if not heads:
             raise ValueError(f"The task {head!r} has no head of its own: it trained no `modules_to_save`.")
         adapter |= heads
-    model = get_peft_model(base_model, folded_config(sequence.config(), adapter))
+    config = fitting_task_type(folded_config(sequence.config(), adapter), base_model)
+    model = get_peft_model(base_model, config)
     load_adapter(model, "default", adapter)
     return model.eval()

@@ -16,8 +16,8 @@ MAX_INDEX, MAX_JSON = 16 * _MEBIBYTE, 4 * _MEBIBYTE  # bytes; an index has some 
 
 Content = TypeVar("Content")
 
-TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=500)]
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?$")]
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=500)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", max_length=500)]
 RepoId = Annotated[str, StringConstraints(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", max_length=200)]
 Revision = Annotated[str, StringConstraints(pattern=r"^[\w-][\w./-]*$", max_length=200)]
@@ -63,7 +63,7 @@ class TrainingRecord(TypedDict, total=False):
     task: Options
     learning_rate: Number
     optim: Word
-    seed: int
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
     versions: dict[Word, Word]
     metric: Word  # of the row in the index
 
@@ -99,6 +99,11 @@ class AdapterFile(BaseModel):
     alpha_pattern: Annotated[dict[str, Number], Field(max_length=10_000)] | None = None
     bias: Literal["none"] = "none"
     init_lora_weights: bool | Text | None = True
+
+
+def as_plain(value: Any) -> Any:
+    """A number of numpy or torch as one of Python, which JSON has; all else as it is."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def as_word(text: str) -> str:

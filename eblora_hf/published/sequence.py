@@ -1,8 +1,8 @@
 """The published sequence on disk: an index, one folder per task that is never changed again, and all tasks as one
 adapter.
 
-    eblora_sequence.json                              index: format, base model, tasks in order with sha256 of their
-    files adapter_config.json, adapter_model.safetensors    all tasks as one stock LoRA (derived from the task folders)
+    eblora_sequence.json                              index: format, base model, tasks in order, sha256 of all files
+    adapter_config.json, adapter_model.safetensors    all tasks as one stock LoRA (derived from the task folders)
     tasks/00-<name>/adapter_config.json, …            that task's update alone (base + its ΔW), stock LoRA
     tasks/00-<name>/subspace.safetensors              the columns this task added to each layer's basis
     tasks/00-<name>/training.json                     how it was trained
@@ -42,7 +42,7 @@ from .identity import check_same_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
 from .locks import one_writer
 from .owner import settings_of
-from .schema import MAX_JSON, BaseModelIdentity, TrainingRecord, check_training, read_checked
+from .schema import MAX_JSON, BaseModelIdentity, TrainingRecord, as_plain, check_training, read_checked
 from .strays import check_links, check_strays
 from .task_files import columns_of, task_files
 
@@ -157,16 +157,21 @@ class PublishedSequence:
                     f"differ in {', '.join(sorted(different))}. Use the `target_modules` of the earlier tasks."
                 )
 
-    def check_adapters(self, model: nn.Module) -> None:
+    def check_adapters(self, model: nn.Module) -> set[str]:
         """
         Raises if the tensors of a task have other names or shapes than what they change on the model.
+
+        Returns the names of the `modules_to_save` that tasks have trained.
 
         Raises:
             ValueError: naming the file and the tensor.
         """
+        heads: set[str] = set()
         for task, adapter in zip(self.tasks, self.adapters(), strict=True):
             file = read_adapter_file(self.folder / task.folder / ADAPTER_CONFIG)
             check_fits(adapter, file, model, self.folder / task.folder / ADAPTER)
+            heads |= set(config_of(file, adapter).modules_to_save or [])
+        return heads
 
     def adapters(self, names: list[str] | None = None) -> list[AdapterState]:
         """The folded adapter of each task, or of some in the order of `names`."""
@@ -256,14 +261,14 @@ class PublishedSequence:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             rank=task_config.r,
             steps=steps,
-            metrics=metrics,
+            metrics={key: as_plain(value) for key, value in metrics.items()},
             files={f"{folder}/{file}": hashlib.sha256(data).hexdigest() for file, data in files.items()},
         )
         grown = PublishedSequence(self.folder, self.base_model, [*self.tasks, record], bases=self.bases_at)
         Index.checked(json.dumps(grown._index({ADAPTER: "0" * 64, ADAPTER_CONFIG: "0" * 64})).encode())
         check_links(self.folder)
         with one_writer(self.folder, "append", patience=60.0):
-            self._check_unchanged()
+            self.check_unchanged()
             check_strays(self.folder, self.tasks, name)
             final = self.folder / folder
             # of a run that was killed before the index knew about it
@@ -279,7 +284,7 @@ class PublishedSequence:
         self.tasks.append(record)
         return record
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises a `ValueError` if another process has appended a task since this one has read the index."""
         path = self.folder / INDEX
         on_disk = Index.read(path).tasks if path.is_file() else []

@@ -8,6 +8,7 @@ from pathlib import Path
 from .index import ADAPTER, INDEX, TaskRecord
 
 _ASIDE = "set-aside"
+_TREES = ("tasks", "checkpoints")
 
 
 def check_strays(folder: Path, tasks: list[TaskRecord], name: str) -> None:
@@ -49,7 +50,8 @@ def set_strays_aside(folder: Path, tasks: Collection[TaskRecord]) -> list[Path]:
 
 def check_links(folder: Path) -> None:
     """
-    Raises if something in the folder of a sequence that is written to is a symbolic link to outside of it.
+    Raises if something in the folder of a sequence that is written to is a symbolic link: in `tasks` and `checkpoints`
+    any, in the root one to outside of the folder.
 
     A folder that was cloned may hold any: what follows one would overwrite a file of the user's.
 
@@ -58,10 +60,11 @@ def check_links(folder: Path) -> None:
     """
     root = folder.resolve()
     for path in _written(folder):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        beside = path.parent == folder and path.name not in _TREES and path.resolve().is_relative_to(root)
+        if path.is_symlink() and not beside:
             raise ValueError(
-                f"{path} is a symbolic link to {os.readlink(path)}, outside of {folder}: it is not written through. "
-                "Remove the link, or use another folder."
+                f"{path} is a symbolic link to {os.readlink(path)}: it is not written through. Remove it, or use "
+                "another folder."
             )
 
 
@@ -76,6 +79,6 @@ def _written(folder: Path) -> Iterator[Path]:
     """What a run may write to: the root, and all of `tasks` and `checkpoints`."""
     for path in folder.iterdir() if folder.is_dir() else ():
         yield path
-        if path.name in ("tasks", "checkpoints") and not path.is_symlink():
+        if path.name in _TREES and not path.is_symlink():
             for parent, folders, files in os.walk(path):
                 yield from (Path(parent, name) for name in (*folders, *files))

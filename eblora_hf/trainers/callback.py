@@ -16,6 +16,7 @@ from ..config import EBLoRAConfig, Task
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis
 from ..metrics import accuracy_matrix
+from ..published.schema import as_plain
 from ..published.sequence import PublishedSequence
 from ..version import __version__
 
@@ -119,7 +120,7 @@ def training_record(
     group = optimizer.param_groups[0]
     return {
         "eblora_config": {"method": config.method} | changed,
-        "task": {key: getattr(task, key) for key in overrides if getattr(task, key) is not None},
+        "task": {key: as_plain(getattr(task, key)) for key in overrides if getattr(task, key) is not None},
         "rates": constraint.rates if constraint else {},
         "learning_rate": float(group.get("initial_lr", group["lr"])),
         "optim": str(getattr(args.optim, "value", args.optim)),

@@ -54,11 +54,20 @@ def metric_row(
             results = evaluate({name: dataset})
         measured[name] = {key.removeprefix(f"eval_{name}_"): value for key, value in results.items()}
     metric = _choose(measured, (wanted or "").removeprefix("eval_"))
-    row = {name: float(values[metric]) for name, values in measured.items() if metric in values}
+    row = {name: _number(values[metric], metric, name) for name, values in measured.items() if metric in values}
     infinite = sorted(name for name, value in row.items() if not math.isfinite(value))
     if infinite:
         logger.warning(f"The {metric} of {', '.join(infinite)} is no finite number: it has no place in the matrix.")
     return metric, {name: value for name, value in row.items() if name not in infinite}
+
+
+def _number(value: Any, metric: str, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`compute_metrics` returned {value!r:.60} as the {metric} of {name!r}, expected a number."
+        ) from error
 
 
 def _choose(measured: dict[str, dict[str, float]], wanted: str) -> str | None:

@@ -9,6 +9,7 @@ from ..published.checks import check_new_names
 from ..published.hub import check_beginning
 from ..published.identity import describe_base_model
 from ..published.loading import fetch_sequence
+from ..published.locks import one_writer
 from ..published.sequence import PublishedSequence
 from ..published.strays import check_links, check_strays
 
@@ -63,13 +64,19 @@ def open_sequence(
     if writes and source is not None and not exists:
         fetch_sequence(source, token=token, folder=folder)
     elif writes:
-        own = PublishedSequence.open(folder, repair=True)
+        with one_writer(folder, "append", patience=60.0):
+            own = PublishedSequence.open(folder, repair=True)
         if source is not None and not in_place:
             check_beginning(fetch_sequence(source, token=token).tasks, own, source)
     wait()
     published = PublishedSequence.open(folder)
     published.check_base_model(base_model)
-    published.check_adapters(base_model)
+    undeclared = published.check_adapters(base_model) - set(heads)
+    if undeclared:
+        raise ValueError(
+            f"The tasks in {folder} have trained {', '.join(sorted(undeclared))} as well, which would replace that of "
+            f"the base model here. Name it in LoraConfig(modules_to_save={sorted({*heads, *undeclared})})."
+        )
     published.check_layers(layers)
     pending = [name for name in tasks if name not in published.names]
     check_strays(folder, published.tasks, (pending or tasks)[0])

@@ -199,8 +199,11 @@ class PublishingMixin(TrainerSurface):
             self.begun.sequence = PublishedSequence.open(self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
         sequence = self.task_callback and self.task_callback.sequence
         folder = Path(output_dir or self.args.output_dir).resolve()
-        if sequence and sequence.tasks and folder == sequence.folder.resolve() and self.args.should_save:
-            sequence.write_root()  # the bytes that the index knows
+        into = sequence if sequence and sequence.tasks and folder == sequence.folder.resolve() else None
+        if into is not None:
+            into.check_unchanged()  # another trainer may have gone on in this folder
+        super()._save(output_dir, state_dict)
+        if into is not None and self.args.should_save:
+            into.write_root()  # the bytes that the index knows

@@ -97,7 +97,7 @@ def test_a_loaded_sequence_loads_offline(server, sequence, tmp_path):
         base = transformers.BertForSequenceClassification.from_pretrained("base")
         model = load_sequence(base, "me/seq")
         torch.save({name: x for name, x in model.state_dict().items() if "lora_" in name}, "found.pt")
-        load_sequence(base, "me/other")
+        load_sequence(base, "me/never-fetched")
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run(

@@ -81,6 +81,16 @@ def test_a_link_in_place_of_a_temporary_file_leads_nowhere(tmp_path, monkeypatch
     assert (folder / "file").read_bytes() == b"theirs"
 
 
+def test_an_older_trainer_does_not_roll_the_sequence_back(tmp_path):
+    older = make_trainer(tmp_path, tasks=("one",))
+    older.train()
+    make_trainer(tmp_path, tasks=("two",), sequence=tmp_path).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"Another process has changed .*the tasks one, two, and had one"):
+        older.save_model()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 # ---- what is written can be read ----
 
 

@@ -1,6 +1,7 @@
 """What a stranger has published is data: it is read as what it should be, or refused by name, and changes nothing."""
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -8,11 +9,15 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, load_sequence
+from eblora_hf.analysis.adapters import read_adapter
+from eblora_hf.published.adapter_files import check_adapter_file, check_factors
 from eblora_hf.published.card import render_card
 from eblora_hf.published.index import INDEX
+from eblora_hf.published.loading import fetch_sequence
 from eblora_hf.published.schema import MAX_TASKS
 from eblora_hf.published.strays import check_links
 
@@ -95,6 +100,8 @@ def refuses(call, folder, words):
         {"fan_in_fan_out": True},
         {"lora_dropout": 0.9},
         {"inference_mode": False},
+        {"task_type": "CAUSAL_LM"},
+        {"task_type": "QUESTION_ANS"},
         {"megatron_config": {"a": 1}},
         {"auto_mapping": {"base_model_class": "os.system"}},
     ],
@@ -134,10 +141,6 @@ def test_a_configuration_decides_nothing_of_how_an_adapter_is_built(published, f
         ({"r": 0}, "r: .*got 0"),
         ({"lora_alpha": "8"}, "lora_alpha: .*valid number"),
         ({"task_type": "rm -rf"}, "task_type: .*got 'rm -rf'"),
-        (
-            {"task_type": "CAUSAL_LM"},
-            "for the task type 'CAUSAL_LM', but Bert.* is for 'SEQ_CLS'",
-        ),
         ({"modules_to_save": "classifier"}, "modules_to_save: .*valid array"),
         ({"modules_to_save": ["(a*)*!"]}, "modules_to_save.0: "),
         ({"rank_pattern": [1]}, "rank_pattern: "),
@@ -183,6 +186,10 @@ def put(name, tensor):
         (put(f"base_model.model.{QUERY}.lora_magnitude_vector.weight", torch.ones(32)), "lora_magnitude_vector"),
         (put("base_model.model.classifier.extra", torch.ones(3)), "classifier.extra .*has none of that name"),
         (put("base_model.model.classifier.weight", torch.ones(5, 32)), r"classifier.weight of shape \(5, 32\)"),
+        (
+            lambda tensors: {k: v for k, v in tensors.items() if not k.endswith("classifier.bias")},
+            "lacks classifier.bias of .*'classifier'",
+        ),
         (put(LORA_A, torch.ones(4, 33)), "adapts .*query.* 33. outputs and inputs, but the model has one of .32, 32."),
         (put(LORA_A, torch.ones(3, 32)), "has factors B .* and A .3, 32."),
         (put(LORA_A, torch.ones(32)), "has factors B .* and A .32,"),
@@ -202,6 +209,113 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, change, words):
     rehash(folder)
     refuses(lambda base: load_sequence(base, folder), folder, words)
     refuses(lambda base: continues(folder), folder, words)
+
+
+@pytest.mark.parametrize("head", ["query", "self", "encoder", "bert", "layer"])
+def test_a_head_is_no_part_of_what_is_adapted(folder, head):
+    for path in folder.rglob("adapter_config.json"):
+        edit_json(path, modules_to_save=["classifier", head])
+    edit_tensors(
+        folder / "tasks/01-two/adapter_model.safetensors",
+        put("base_model.model.bert.encoder.layer.0.attention.self.query.weight", torch.ones(32, 32)),
+    )
+    rehash(folder)
+    refuses(lambda base: load_sequence(base, folder), folder, f"head '{head}' holds layers that the adapter adapts")
+
+
+def test_tasks_of_other_widths_are_named_by_whatever_adds_them(folder, tmp_path):
+    edit_tensors(folder / "tasks/01-two/adapter_model.safetensors", put(LORA_A, torch.ones(4, 16)))
+    rehash(folder)
+    with pytest.raises(ValueError, match=f"lora_A of {QUERY} has 16 and 32 columns in different tasks"):
+        fetch_sequence(folder, folder=tmp_path / "copy")
+
+
+def test_a_sequence_without_a_task_is_none(folder, tmp_path):
+    edit_json(folder / INDEX, tasks=[])
+    with pytest.raises(ValueError, match=r"tasks: .*at least 1 item"):
+        fetch_sequence(folder, folder=tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("head", "name"), [("word_embeddings", "bert.embeddings.word_embeddings"), ("ifier", "classifier")]
+)
+def test_a_head_that_a_run_does_not_train_does_not_replace_the_users(tmp_path, head, name):
+    """Whether a stranger or the user has trained it."""
+    options = {"tasks": ("one",), "peft_config": lora(target_modules=["query"], modules_to_save=[head])}
+    make_trainer(tmp_path / "out", **options).train()
+    model = make_model("bert")
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"have trained {head} as well.*modules_to_save=\['{head}'\]"):
+        make_trainer(
+            tmp_path / "out",
+            model=model,
+            tasks=("two",),
+            sequence=tmp_path / "out",
+            peft_config=lora(target_modules=["query"]),
+        ).train()
+    after = {key.replace(".base_layer", ""): x for key, x in model.state_dict().items() if ".lora_" not in key}
+    assert all(torch.equal(after[key], x) for key, x in before.items())
+    loaded = load_sequence(make_model("bert"), tmp_path / "out").get_base_model().get_submodule(name)
+    assert not torch.equal(loaded.modules_to_save["default"].weight, before[f"{name}.weight"])
+
+
+# ---- what is not to be refused ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gpt2", {"modules_to_save": ["lm_head"]}),  # tied
+        ("t5", {"modules_to_save": ["lm_head"]}),  # tied
+        ("bert", {"task_type": "FEATURE_EXTRACTION", "exclude_modules": ["classifier"]}),
+        ("bert", {"task_type": "SEQ_CLS", "rank_pattern": {"query": 2}}),
+        ("bert", {"task_type": "SEQ_CLS", "target_modules": r".*\.(query|key)"}),
+        ("bert", {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"], "target_modules": ["query"]}),
+    ],
+)
+def test_what_peft_can_do_is_published_loaded_and_continued(tmp_path, kind, options):
+    options = {
+        "kind": kind,
+        "peft_config": lora(**({"target_modules": ["q", "v"]} if kind == "t5" else {}), **options),
+    }
+    make_trainer(tmp_path / "out", tasks=("one",), **options).train()
+    options["peft_config"] = copy.deepcopy(options["peft_config"])
+    make_trainer(tmp_path / "out", tasks=("two",), sequence=tmp_path / "out", **options).train()
+    stock = PeftModel.from_pretrained(make_model(kind), tmp_path / "out").eval()
+    ours = load_sequence(make_model(kind), tmp_path / "out")
+    batch = make_text_data(kind, seed=9)[:4]
+    with torch.no_grad():
+        outputs = [model.get_base_model()(**batch).logits for model in (stock, ours)]
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("name", ["heads.head-a", "a.b-c.d_e"])
+def test_names_with_a_dash_are_names(name):
+    state = {f"base_model.model.{name}.lora_{kind}.weight": torch.ones(4, 4) for kind in "AB"}
+    check_factors(state, "an adapter")
+    data = json.dumps({"peft_type": "LORA", "modules_to_save": [name]}).encode()
+    assert check_adapter_file(data).modules_to_save == [name]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [
+        ("(" * 5000 + "a" + ")" * 5000, True),
+        ("(?:(?R))*", True),
+        ("(", True),
+        (HANGS, False),
+        (r"(\w+\.?)+\.no", False),
+    ],
+)
+def test_patterns_of_any_lora_are_matched_within_limits(folder, pattern, refused):
+    edit_json(folder / "adapter_config.json", alpha_pattern={pattern: 3.0})
+
+    def reads():
+        message = r"is no regular expression, or takes too long to match"
+        with pytest.raises(ValueError, match=message) if refused else contextlib.suppress(ValueError):
+            read_adapter(folder)
+
+    assert run_in_child(reads, kill_after=60) == 0
 
 
 @pytest.mark.parametrize(
@@ -293,10 +407,21 @@ def test_nothing_is_written_through_a_link(folder, tmp_path, link):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(target)
-    with pytest.raises(ValueError, match=f"{link} is a symbolic link to .*outside of"):
+    with pytest.raises(ValueError, match=f"{link} is a symbolic link to"):
         continues(folder)
     assert (outside / "file").read_text() == "mine"
     assert [file.name for file in outside.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "checkpoints/three"])
+def test_links_within_a_folder_lead_nowhere_either(folder, tmp_path, link):
+    (folder / "inside").mkdir()
+    (folder / "inside" / "three").symlink_to(tmp_path)
+    path = folder / link
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(folder / ("inside" if link == "checkpoints" else "tasks/00-one"))
+    with pytest.raises(ValueError, match=f"{link} is a symbolic link to"):
+        continues(folder)
 
 
 def test_links_within_a_folder_and_to_the_folder_itself_are_fine(folder, tmp_path):

@@ -72,6 +72,12 @@ def test_what_cannot_be_told_is_said(caplog):
     assert metric_row({}, measures(), "f1") == (None, {})
 
 
+@pytest.mark.parametrize("value", [None, "good", [1, 2]])
+def test_what_is_no_number_is_named(value):
+    with pytest.raises(ValueError, match=r"returned .* as the accuracy of 'a', expected a number"):
+        metric_row({"a": None}, measures(accuracy=value), None)
+
+
 def test_tasks_without_a_set_are_named(caplog):
     warn_of_missing_sets({"b": 1}, ["a", "b", "c"])
     assert "no set for a, c: what is left of them is not measured" in caplog.text
