@@ -180,14 +180,13 @@ def fitting_task_type(config: LoraConfig, model: nn.Module) -> LoraConfig:
     return config
 
 
-def config_of(file: AdapterFile, state: AdapterState, heads: list[str] | None = None) -> LoraConfig:
+def config_of(file: AdapterFile, state: AdapterState) -> LoraConfig:
     """
     The configuration of an adapter as its tensors need it. Of the file come the task type and the names of heads, if
     the tensors have any of them.
     """
     held = heads_of(state)
-    declared = file.modules_to_save or [] if heads is None else heads
-    used = [name for name in declared if any(f"{name}." in key for key in held)]
+    used = [name for name in file.modules_to_save or [] if any(f"{name}." in key for key in held)]
     return exact_config(state, file.task_type, used)
 
 

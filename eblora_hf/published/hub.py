@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from .index import SUBSPACE, Index, TaskRecord
-from .owner import remember_bases, settings_of
+from .owner import companions_of, remember_bases, settings_of
 from .remote import remote_index, remote_sizes, remote_state
 from .requests import HubApi, retried
 from .schema import MAX_JSON
@@ -79,8 +79,7 @@ def push_sequence(
         files: dict[str, bytes | Path] = {
             name: sequence.folder / name for name in task.files if where == "included" or not name.endswith(SUBSPACE)
         }
-        companions = [sequence.folder / name for name in settings_of(sequence.folder).get("companions", [])]
-        files |= {str(path.relative_to(sequence.folder)): path for path in companions if path.is_file()}
+        files |= {path.relative_to(sequence.folder).as_posix(): path for path in companions_of(sequence.folder)}
         files |= so_far.state_after(count)
         if card is not None and not keep_card:
             files["README.md"] = card(so_far, repo_id, licence).encode()
@@ -215,22 +214,19 @@ def _commit(
     """Commits the newest task of `sequence`; returns the commit."""
     message = f"Add {_tag_of(len(sequence.tasks), sequence.tasks[-1])}"
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
-    conflict = SequenceConflictError(
-        f"{repo_id} changed while {message!r} was being pushed: somebody else appended to it. Nothing of theirs was "
-        "overwritten. Push again; if their task is in the way, the next error says what to do."
-    )
     options = {"commit_message": message, "revision": branch, "parent_commit": parent}
     try:
         head = retried(api.create_commit, repo_id, operations, **options).oid
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code not in (409, 412):
             raise
-        head = remote_state(api, repo_id, branch)[0]
-        if not _is_ours(api, repo_id, head, sequence):
-            raise conflict from error
-    # a commit that changes nothing returns whatever head there is; ours may be there, and somebody else's on top of it
+        head = retried(api.repo_info, repo_id, revision=branch).sha  # ours, if only its answer was lost
+    # a commit that changes nothing returns whatever head there is, too: somebody else's may be on top of ours
     if not _is_ours(api, repo_id, head, sequence):
-        raise conflict
+        raise SequenceConflictError(
+            f"{repo_id} changed while {message!r} was being pushed: somebody else appended to it. Nothing of theirs "
+            "was overwritten. Push again; if their task is in the way, the next error says what to do."
+        )
     return head
 
 

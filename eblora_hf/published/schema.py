@@ -18,7 +18,7 @@ Content = TypeVar("Content")
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=500)]
-FileName = Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", max_length=500)]
+FileName = Annotated[str, StringConstraints(pattern=r"^\.?[\w +-][\w. +-]*(/\.?[\w +-][\w. +-]*)*$", max_length=500)]
 RepoId = Annotated[str, StringConstraints(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", max_length=200)]
 Revision = Annotated[str, StringConstraints(pattern=r"^[\w-][\w./-]*$", max_length=200)]
 ClassName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$", max_length=200)]

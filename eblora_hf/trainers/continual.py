@@ -206,7 +206,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             resuming=resuming,
             token=self.args.hub_token,
             writes=self.is_world_process_zero(),
-            wait=self.accelerator.wait_for_everyone,
+            together=together,
         )
         if self.method.remembers:
             check_bases(published, self.eblora_config.method)

@@ -1,6 +1,8 @@
 """Opening the published sequence that a run continues, or a new one; what is refused is refused before training."""
 
+import contextlib
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import nn
@@ -25,7 +27,7 @@ def open_sequence(
     resuming: bool = False,
     token: str | None = None,
     writes: bool = True,
-    wait: Callable[[], None] = lambda: None,
+    together: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
 ) -> PublishedSequence:
     """
     Opens the sequence in a folder, after fetching it there if it is continued from elsewhere.
@@ -40,18 +42,18 @@ def open_sequence(
         resuming (`bool`, defaults to `False`): Whether the run goes on with what is in the folder.
         token (`str`, *optional*): For the Hub.
         writes (`bool`, defaults to `True`): Whether this process fetches and repairs.
-        wait (`Callable`): Waits for all processes of the run.
+        together (`Callable`): Makes a context that all processes of the run leave together, or raise.
 
     Raises:
         ValueError: if the folder holds a sequence that this run is not meant to continue, or one of another model,
             of other layers, or with tasks of the same names.
         FileNotFoundError: if there is no sequence at `source`.
     """
-    if writes:
-        check_links(folder)
     in_place = source is not None and Path(source).resolve() == folder.resolve()
     exists = PublishedSequence.exists(folder)
-    wait()  # all have looked before one of them writes
+    with together("opening the sequence"):  # all have looked before one of them writes
+        if writes:
+            check_links(folder)
     if not exists and source is None:
         published = PublishedSequence(folder, describe_base_model(base_model, heads))
         check_strays(folder, published.tasks, tasks[0])
@@ -61,14 +63,14 @@ def open_sequence(
             f"{folder} already holds a sequence of tasks. Pass `train(resume_from_checkpoint=True)` to continue an "
             f"interrupted run, `sequence={str(folder)!r}` to append new tasks, or another `output_dir`."
         )
-    if writes and source is not None and not exists:
-        fetch_sequence(source, token=token, folder=folder)
-    elif writes:
-        with one_writer(folder, "append", patience=60.0):
-            own = PublishedSequence.open(folder, repair=True)
-        if source is not None and not in_place:
-            check_beginning(fetch_sequence(source, token=token).tasks, own, source)
-    wait()
+    with together("opening the sequence"):
+        if writes and source is not None and not exists:
+            fetch_sequence(source, token=token, folder=folder)
+        elif writes:
+            with one_writer(folder, "append", patience=60.0):
+                own = PublishedSequence.open(folder, repair=True)
+            if source is not None and not in_place:
+                check_beginning(fetch_sequence(source, token=token).tasks, own, source)
     published = PublishedSequence.open(folder)
     published.check_base_model(base_model)
     undeclared = published.check_adapters(base_model) - set(heads)

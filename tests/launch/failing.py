@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from eblora_hf import ContinualEBLoRATrainer
+from eblora_hf.trainers import opening
 from eblora_hf.trainers.callback import TaskSequenceCallback
 from tests.support.tiny import accuracy, lora, make_arguments, make_model, make_text_data
 
@@ -70,12 +71,18 @@ def failing_append(self, *args, **kwargs):
     return begin(self, *args, **kwargs)
 
 
+def failing_check(folder):
+    if options.get("phase") == "opening":
+        raise OSError("on purpose")
+
+
 def failing_finish(sequence):
     if options.get("phase") == "publish" and torch.distributed.get_rank() == options["rank"]:
         raise OSError("on purpose")
     finish(sequence)
 
 
+opening.check_links = failing_check  # on the process that writes
 trainer.method.end_task = failing_end_task
 TaskSequenceCallback.end_task = failing_append
 trainer.publisher.finish = failing_finish

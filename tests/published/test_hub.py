@@ -4,9 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,22 +22,12 @@ from eblora_hf.published.card import loading_code, render_card
 from eblora_hf.published.loading import fetch_sequence
 from eblora_hf.published.owner import SETTINGS
 
-from ..support import HUB_PORT
-from ..support.children import run_in_child
-from ..support.hub_server import TOKEN, HubServer
+from ..support.children import run_in_child, run_script
+from ..support.hub_server import TOKEN
 from ..support.sequences import append, new_sequence
 from ..support.tiny import accuracy, lora, make_arguments, make_model, make_text_data
 
 TASKS = ("one", "two", "three")
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A local Hub, a token for it, and no waiting between tries."""
-    with HubServer(HUB_PORT) as running:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(requests._retry, "wait", tenacity.wait_none())
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -392,15 +379,7 @@ import torch
 inputs = torch.load("inputs.pt")
 torch.save(model.eval()(**inputs).logits.detach(), "logits.pt")
 """
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_script(script, tmp_path, HF_HUB_CACHE=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr[-2000:]
     expected = logits(load_sequence(make_model("bert"), learnt.folder))
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5, rtol=1e-5)

@@ -1,14 +1,9 @@
 """A Hub that does not answer, a second publisher, and what must not be made public or overwritten."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import textwrap
 
 import pytest
-import tenacity
 import torch
 from huggingface_hub import HfApi
 
@@ -16,24 +11,15 @@ from eblora_hf import PublishedSequence, SequenceConflictError, load_sequence, p
 from eblora_hf.published import requests
 from eblora_hf.published.card import render_card
 from eblora_hf.published.loading import fetch_sequence
+from eblora_hf.published.owner import SETTINGS, remember
 from eblora_hf.published.schema import MAX_INDEX
 
-from ..support import HUB_PORT
-from ..support.hub_server import TOKEN, HubServer
+from ..support.children import run_script
 from ..support.sequences import append, new_sequence
 from ..support.tiny import make_model
 from ..support.trainers import make_trainer
 
 HUB = {"push_to_hub": True, "hub_model_id": "me/run"}
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with HubServer(HUB_PORT) as running:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(requests._retry, "wait", tenacity.wait_none())
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        yield running
 
 
 @pytest.fixture
@@ -99,15 +85,7 @@ def test_a_loaded_sequence_loads_offline(server, sequence, tmp_path):
         torch.save({name: x for name, x in model.state_dict().items() if "lora_" in name}, "found.pt")
         load_sequence(base, "me/never-fetched")
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_script(script, tmp_path, HF_HUB_OFFLINE="1")
     assert "offline" in result.stderr.splitlines()[-1].lower(), result.stderr  # what is not in the cache
     assert "The copy in the cache is taken" in result.stderr
     expected = load_sequence(make_model("bert"), sequence.folder).state_dict()
@@ -235,6 +213,26 @@ def test_a_card_that_cannot_be_read_is_left_alone_and_named(server, sequence, ca
     assert repo.resolve("main").files["README.md"] == card.encode()
     assert "README.md in me/seq cannot be read and is left as it is" in caplog.text
     assert fetch_sequence("me/seq").names == ["one", "two"]
+
+
+def test_only_what_lies_beside_the_adapter_is_pushed_with_it(server, sequence, tmp_path):
+    """Also where a stranger has made the folder that was cloned."""
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (sequence.folder / "vocab.txt").symlink_to(secret)
+    (sequence.folder / "tokenizer.json").write_text("{}")
+    remember(sequence.folder, companions=["tokenizer.json", "vocab.txt", "gone.txt"])
+    push_sequence(sequence, "me/seq")
+    files = server.repos["me/seq"].resolve("main").files
+    assert "tokenizer.json" in files
+    assert not {"vocab.txt", "gone.txt"} & set(files)
+    for name in ("../secret", "/etc/passwd", "a/../../secret"):
+        with pytest.raises(ValueError, match=r"companions\.0: "):
+            remember(sequence.folder, companions=[name])
+        (sequence.folder / SETTINGS).write_text(json.dumps({"companions": [name]}))
+        with pytest.raises(ValueError, match=r"eblora_local.json is not a readable record.*companions\.0"):
+            push_sequence(sequence, "me/seq")
+        (sequence.folder / SETTINGS).unlink()
 
 
 # ---- sizes ----

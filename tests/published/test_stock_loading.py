@@ -2,13 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-import tenacity
 import torch
 import transformers
 from huggingface_hub import HfApi
@@ -16,23 +12,13 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, load_sequence, push_sequence
-from eblora_hf.published import requests
 from eblora_hf.published.identity import describe_base_model
 from eblora_hf.published.loading import fetch_sequence
 
-from ..support import HUB_PORT
-from ..support.hub_server import TOKEN, HubServer
+from ..support.children import run_script
 from ..support.tiny import lora, make_arguments, make_model, make_text_data
 
 WORDS = ["[PAD]", "[UNK]", *(f"w{number}" for number in range(58))]
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with HubServer(HUB_PORT) as running:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(requests._retry, "wait", tenacity.wait_none())
-        yield running
 
 
 def make_tokenizer():
@@ -84,14 +70,7 @@ STOCK = """
 
 def stock(source, folder):
     """What stock loaders answer in a process that cannot import this package."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(STOCK), str(source)],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_script(STOCK, folder, str(source), HF_HUB_CACHE=str(folder / "cache"))
     assert result.returncode == 0, result.stderr[-3000:]
     return {name: torch.tensor(value) for name, value in json.loads(result.stdout.splitlines()[-1]).items()}
 

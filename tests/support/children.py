@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import traceback
 
@@ -19,3 +22,15 @@ def run_in_child(function, kill_after: float | None = None) -> int:
             traceback.print_exc()
             os._exit(1)
     return os.waitpid(child, 0)[1]
+
+
+def run_script(script: str, folder, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the text of a script in a process of its own, in a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -63,3 +63,12 @@ def test_a_failure_on_one_process(tmp_path, undisturbed, phase, rank):
     resumed = start(tmp_path, resume=True)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert_same_files(load_published(out), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_sequence_that_cannot_be_opened(tmp_path, undisturbed):
+    failed = start(tmp_path, phase="opening")
+    assert failed.returncode != 0
+    assert "Process 0 has failed while opening the sequence: OSError: on purpose" in failed.stderr
+    assert start(tmp_path).returncode == 0
+    assert_same_files(load_published(tmp_path / "out"), undisturbed)

@@ -1,5 +1,7 @@
 """Opening a sequence without a trainer: what is continued, and what is refused."""
 
+import contextlib
+
 import pytest
 
 from eblora_hf import PublishedSequence
@@ -54,7 +56,13 @@ def test_another_model_and_other_layers_are_refused(two_tasks):
 def test_processes_wait_before_one_writes_and_before_all_read(tmp_path, two_tasks):
     events = []
     folder = tmp_path / "copy"
-    opened(folder, two_tasks, wait=lambda: events.append(PublishedSequence.exists(folder)))
+
+    @contextlib.contextmanager
+    def together(doing):
+        yield
+        events.append(PublishedSequence.exists(folder))  # here a process waits for the others
+
+    opened(folder, two_tasks, together=together)
     assert events == [False, True]
 
 
