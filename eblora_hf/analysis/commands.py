@@ -58,7 +58,7 @@ def spectra(
         if output is not None:
             _prepare(output, plots=True)
         from ..adapters.spectra import singular_values, summarise
-        from .adapters import read_adapter
+        from ..published.plain_lora import read_adapter
 
         by_layer = {source: singular_values(read_adapter(source).state) for source in adapters}
         means = {source: summarise(list(values.values())) for source, values in by_layer.items()}
@@ -97,7 +97,8 @@ def smooth(
     """
     with _clear_errors():
         from ..adapters.smoothing import smooth_adapter
-        from .adapters import check_free, read_adapter, write_adapter
+        from ..published.plain_lora import read_adapter
+        from .adapters import check_free, write_adapter
 
         check_free(output)
         read = read_adapter(adapter)
@@ -122,7 +123,8 @@ def merge(
     """
     with _clear_errors():
         from ..adapters.merging import merge_adapters
-        from .adapters import check_free, check_same_layers, read_adapter, write_adapter
+        from ..published.plain_lora import read_adapter
+        from .adapters import check_free, check_same_layers, write_adapter
 
         check_free(output)
         read = [read_adapter(source) for source in adapters]

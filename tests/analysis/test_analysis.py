@@ -33,11 +33,11 @@ from eblora_hf.adapters.layers import find_layers
 from eblora_hf.adapters.merging import merge_adapters
 from eblora_hf.adapters.spectra import singular_values, summarise
 from eblora_hf.adapters.states import factors_of
-from eblora_hf.analysis.adapters import read_adapter
 from eblora_hf.analysis.interference import interference
 from eblora_hf.benchmark import digits, merging_experiment
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, transformation
 from eblora_hf.cli import app
+from eblora_hf.published.plain_lora import read_adapter
 
 from ..support import HUB_PORT
 from ..support.hub_server import TOKEN, HubServer

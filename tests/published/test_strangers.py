@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, load_sequence
-from eblora_hf.analysis.adapters import read_adapter
 from eblora_hf.published.adapter_files import check_adapter_file, check_factors
 from eblora_hf.published.card import render_card
 from eblora_hf.published.index import INDEX
 from eblora_hf.published.loading import fetch_sequence
+from eblora_hf.published.plain_lora import read_adapter
 from eblora_hf.published.schema import MAX_TASKS
 from eblora_hf.published.strays import check_links
 
