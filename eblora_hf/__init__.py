@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from .published.sequence import PublishedSequence
     from .trainers.callback import TaskSequenceCallback
     from .trainers.continual import ContinualMixin
+    from .trainers.preference import ContinualEBLoRADPOTrainer, ContinualEBLoRARewardTrainer
     from .trainers.seq2seq import ContinualEBLoRASeq2SeqTrainer
     from .trainers.sft import ContinualEBLoRASFTTrainer
     from .trainers.trainer import ContinualEBLoRATrainer
 
 # imported at first use: `import eblora_hf` and `eblora --help` load neither torch nor transformers
 _MODULE_OF = {
+    "ContinualEBLoRADPOTrainer": "trainers.preference",
+    "ContinualEBLoRARewardTrainer": "trainers.preference",
     "ContinualEBLoRASFTTrainer": "trainers.sft",
     "ContinualEBLoRASeq2SeqTrainer": "trainers.seq2seq",
     "ContinualEBLoRATrainer": "trainers.trainer",
@@ -43,6 +46,8 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "ContinualEBLoRADPOTrainer",
+    "ContinualEBLoRARewardTrainer",
     "ContinualEBLoRASFTTrainer",
     "ContinualEBLoRASeq2SeqTrainer",
     "ContinualEBLoRATrainer",
@@ -63,9 +68,10 @@ __all__ = [
     "smooth_adapter",
 ]
 
+_OF_TRL = ("ContinualEBLoRADPOTrainer", "ContinualEBLoRARewardTrainer", "ContinualEBLoRASFTTrainer")
 
 if importlib.util.find_spec("trl") is None:  # an extra: `from eblora_hf import *` works without it
-    __all__.remove("ContinualEBLoRASFTTrainer")
+    __all__ = [name for name in __all__ if name not in _OF_TRL]
 
 
 def __getattr__(name: str):

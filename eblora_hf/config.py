@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 else:
     Rate = str  # what HfArgumentParser reads from a command line, where numbers are text
 
+_LABEL_LENGTH = 200  # characters
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -56,6 +57,12 @@ class EBLoRAConfig:
         earlier_tasks_error (`float`, defaults to 0.0): Relative error that the updates of earlier tasks may have in a
             layer while a further one is learnt beside weights of low precision, where they are a frozen adapter that
             grows otherwise. What is published of them stays exact. Weights of float32 have them merged instead.
+        heads (`str`, defaults to `"shared"`): The `modules_to_save` that hold a model's labels. `"shared"`: one head,
+            trained on from task to task. `"per-task"`: every task gets a fresh one for its own labels. `"grow"`: one
+            over the labels of all tasks so far; rows of earlier labels stay as they were learnt.
+        replay_fraction (`float`, defaults to 0.0): Share of each task's rows that is kept in `output_dir`, and never
+            pushed, to be mixed into the batches of later tasks. Not with heads of the tasks' own.
+        replay_batch (`int`, defaults to 8): How many of those rows are added to every batch.
         init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.
         init_scale_beta (`float`, defaults to 0.008): How much larger |s| is at the last block.
         num_layers (`int`, *optional*): Number of blocks in that rule, by default the model's own (the released code:
@@ -115,6 +122,13 @@ class EBLoRAConfig:
     earlier_tasks_error: float = dataclasses.field(
         default=0.0, metadata={"help": "Error allowed to earlier tasks beside low-precision weights."}
     )
+    heads: Literal["shared", "per-task", "grow"] = dataclasses.field(
+        default="shared", metadata={"help": "One head for all tasks, one for each, or one that grows with the labels."}
+    )
+    replay_fraction: float = dataclasses.field(
+        default=0.0, metadata={"help": "Share of a task's rows that is kept for batches of later tasks."}
+    )
+    replay_batch: int = dataclasses.field(default=8, metadata={"help": "How many of them are added to a batch."})
     init_scale_alpha: float = dataclasses.field(
         default=0.002, metadata={"help": "|s| of the first block at the start of a task."}
     )
@@ -149,7 +163,7 @@ class EBLoRAConfig:
         for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction", "stored_energy"):
             if getattr(self, name) is not None and not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in (0, 1].")
-        for name in ("weight_energy", "earlier_tasks_error"):
+        for name in ("weight_energy", "earlier_tasks_error", "replay_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in [0, 1).")
         for name in (
@@ -168,7 +182,12 @@ class EBLoRAConfig:
             )
         if self.method == "inflora" and self.basis_from not in (None, "features"):
             raise ValueError(f"EBLoRAConfig(basis_from={self.basis_from!r}): InfLoRA's basis is one of features.")
-        for name in ("num_layers", "snapshot_sketch"):
+        if self.replay_fraction and self.heads != "shared":
+            raise ValueError(
+                f"EBLoRAConfig(replay_fraction={self.replay_fraction!r}, heads={self.heads!r}): rows of earlier tasks "
+                "have labels that the head in training does not answer. Set replay_fraction=0."
+            )
+        for name in ("num_layers", "snapshot_sketch", "replay_batch"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a positive whole number.")
@@ -233,6 +252,8 @@ class Task:
         name (`str`): Letters, digits, `.`, `_` and `-`; it becomes the name of a folder.
         train_dataset: The training set, with a length.
         eval_dataset (*optional*): The evaluation set of the task.
+        labels (`list[str]`, *optional*): Names of its labels, by their numbers in the data. By default those of the
+            `ClassLabel` in a column `label` or `labels`, if there is one.
         num_train_epochs (`float`, *optional*), max_steps (`int`, *optional*), learning_rate (`float`, *optional*):
             Instead of those in `TrainingArguments`. Setting the epochs lifts `max_steps` of the arguments for this
             task.
@@ -248,6 +269,7 @@ class Task:
     learning_rate: float | None = None
     direction_lr: float | str | None = None
     scale_lr: float | str | None = None
+    labels: list[str] | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _TASK_NAME.fullmatch(self.name) or self.name.endswith("."):
@@ -266,6 +288,15 @@ class Task:
         for name in ("direction_lr", "scale_lr"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_rate(name, getattr(self, name)))
+        if self.labels is not None:
+            names = [] if isinstance(self.labels, str) else list(self.labels)
+            plain = all(isinstance(label, str) and 0 < len(label) <= _LABEL_LENGTH for label in names)
+            if not plain or not names or len(set(names)) < len(names):
+                raise ValueError(
+                    f"The task {self.name!r} has labels={self.labels!r:.200}: expected a list of different names, "
+                    f"each of 1 to {_LABEL_LENGTH} characters."
+                )
+            self.labels = names
 
 
 class TaskSequence:

@@ -16,8 +16,9 @@ from torch import nn
 from transformers.utils import logging
 
 from .factors import Factors, decompose_product
+from .heads import fit_rows, other_heads, state_of_head, wrapped_heads
 from .layers import AdaptedLayer, find_layers
-from .sharding import is_sharded, scatter, whole
+from .sharding import is_sharded, scatter, trains_shards, whole
 from .states import AdapterState, factor_key, factors_of, folded_config, heads_of, ranked_config, target_exactly
 
 logger = logging.get_logger(__name__)
@@ -263,17 +264,28 @@ def _kept_share(layer: AdaptedLayer) -> float:
 @contextlib.contextmanager
 def with_heads(model: PeftModel, adapter: str, heads: AdapterState) -> Iterator[None]:
     """Within the context the adapter has other `modules_to_save`; an empty `heads` changes nothing."""
-    before = heads_of(adapter_state(model, adapter)) if heads else {}
-    before = {key: whole(value).detach().clone() for key, value in before.items()}
-    load_adapter(model, adapter, heads)
-    try:
+    if not heads:
         yield
-    finally:
-        load_adapter(model, adapter, before)
+    elif not trains_shards(model):
+        with other_heads(model, adapter, heads):
+            yield
+    else:  # FSDP2 knows these parameters and no other: their values go and come back
+        before = heads_of(adapter_state(model, adapter))
+        before = {key: whole(value).detach().clone() for key, value in before.items()}
+        load_adapter(model, adapter, heads)
+        try:
+            yield
+        finally:
+            load_adapter(model, adapter, before)
 
 
 def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
-    """Loads tensors into an adapter. Raises a `ValueError` if the model has no place for some of them."""
+    """
+    Loads tensors into an adapter, whose heads get as many labels as the tensors have.
+
+    Raises:
+        ValueError: if the model has no place for some of them.
+    """
     if not state:
         return
     held = adapter_state(model, adapter)
@@ -282,6 +294,9 @@ def load_adapter(model: PeftModel, adapter: str, state: AdapterState) -> None:
         for key in state.keys() & held.keys():
             scatter(state[key].to(held[key].device, held[key].dtype).unsqueeze(0), [held[key]])
     else:
+        for name, wrapper in wrapped_heads(model).items():
+            if adapter in wrapper.modules_to_save:
+                fit_rows(wrapper.modules_to_save[adapter], state_of_head(name, state))
         unexpected = set_peft_model_state_dict(model, dict(state), adapter_name=adapter).unexpected_keys
     if unexpected:
         raise ValueError(

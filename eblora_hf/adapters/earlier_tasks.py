@@ -1,5 +1,7 @@
 """The updates of earlier tasks on a model while a further one is learnt, at a cost that does not grow with them."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +10,7 @@ from peft import PeftModel
 from .composition import EARLIER_TASKS, activate, compress, load_adapter, put_earlier_tasks
 from .layers import AdaptedLayer
 from .states import AdapterState, factors_of, heads_of
+from .switches import pretrained
 
 
 @dataclass
@@ -81,6 +84,18 @@ class EarlierTasks:
             adapter = next(name for name in model.active_adapters if name != EARLIER_TASKS)
             model.delete_adapter(EARLIER_TASKS)
             activate(model, adapter)
+
+    @contextlib.contextmanager
+    def away(self, model: PeftModel) -> Iterator[None]:
+        """Within the context the model is the pre-trained one: no adapter acts, and nothing is merged."""
+        merged = bool(self._weights)
+        self.restore()
+        try:
+            with pretrained(model):
+                yield
+        finally:
+            if merged:
+                self._merge()
 
     @torch.no_grad()
     def restore(self) -> None:

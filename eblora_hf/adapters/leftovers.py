@@ -7,6 +7,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .composition import EARLIER_TASKS, activate, adapter_state, load_adapter
+from .heads import restore_labels
 from .layers import find_layers
 from .sharding import whole
 from .states import heads_of
@@ -41,6 +42,7 @@ def unwrapped(base_model: nn.Module) -> nn.Module:
         parent, _, last = name.rpartition(".")
         inner = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
         setattr(base_model.get_submodule(parent), last, inner)
+    restore_labels(base_model)
     for attribute in ("peft_config", _WRAPPED):
         vars(base_model).pop(attribute, None)
     return base_model

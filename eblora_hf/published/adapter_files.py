@@ -1,6 +1,7 @@
 """LoRA adapters as files: what is believed of those that somebody else has written."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +121,24 @@ def check_factors(state: AdapterState, source: str | Path) -> None:
             )
 
 
-def check_fits(state: AdapterState, file: AdapterFile, model: nn.Module, source: str | Path) -> None:
+def check_fits(
+    state: AdapterState,
+    declared: Collection[str],
+    model: nn.Module,
+    source: str | Path,
+    labels: tuple[str | None, int] = (None, 0),
+) -> None:
     """
     Raises if an adapter has a place on the model for other than all its tensors: those of layers that the model does
     not have, of other shapes, or of parameters that no declared head has.
 
     Args:
         state (`dict[str, torch.Tensor]`): The adapter.
-        file ([`AdapterFile`]): Its configuration, with the declared `modules_to_save`.
+        declared (collection of `str`): The `modules_to_save` of its configuration.
         model (`nn.Module`): The model without adapters, or with those that PEFT has wrapped its modules in.
         source (`str` or `Path`): For the message.
+        labels (`tuple[str, int]`, *optional*): A layer of a head that has so many outputs in the adapter, whatever it
+            has on the model.
 
     Raises:
         ValueError: naming the tensor.
@@ -146,7 +155,7 @@ def check_fits(state: AdapterState, file: AdapterFile, model: nn.Module, source:
             )
     held = {key.removeprefix("base_model.model."): tensor for key, tensor in heads_of(state).items()}
     owned: set[str] = set()
-    for head in file.modules_to_save or []:
+    for head in declared:
         wrapped = [name for name in modules if name.endswith(head)]  # PEFT's rule
         inside = {name for name in held if any(name.startswith(f"{module}.") for module in wrapped)}
         own = {name for name in parameters if any(name.startswith(f"{module}.") for module in wrapped)}
@@ -160,10 +169,13 @@ def check_fits(state: AdapterState, file: AdapterFile, model: nn.Module, source:
         if name not in owned:
             raise ValueError(
                 f"{source} holds {name}, which is neither a LoRA factor nor part of a declared head "
-                f"({', '.join(file.modules_to_save or []) or 'none'}). It is not loaded: it would replace weights of "
+                f"({', '.join(declared) or 'none'}). It is not loaded: it would replace weights of "
                 "the base model."
             )
-        if parameters.get(name) != tuple(tensor.shape):
+        expected = parameters.get(name)
+        if expected and name.rpartition(".")[0] == labels[0]:
+            expected = (labels[1], *expected[1:])
+        if expected != tuple(tensor.shape):
             has = f"one of shape {parameters[name]}" if name in parameters else "none of that name"
             raise ValueError(
                 f"{source} holds {name} of shape {tuple(tensor.shape)}, but the model has {has}. Load the base model "

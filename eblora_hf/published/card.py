@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..adapters.states import heads_of
 from ..metrics import FORMULAS, accuracy_matrix, continual_metrics
-from .schema import TrainingRecord
+from .index import root_rows
+from .schema import TrainingRecord, as_word
 from .sequence import PublishedSequence
 
 _TASK_TYPES = {  # endings of transformers' class names, for the evaluation results
@@ -36,9 +38,11 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         `str`: Metadata in YAML, then Markdown.
     """
     base = sequence.base_model
-    matrix = accuracy_matrix(sequence.names, [task.metrics for task in sequence.tasks])
+    matrix = accuracy_matrix(sequence.names, root_rows(sequence.tasks, sequence.heads))
+    own = accuracy_matrix(sequence.names, [task.metrics for task in sequence.tasks])
     measured = not math.isnan(matrix[-1][-1])
-    metrics = {name: value for name, value in continual_metrics(matrix).items() if not math.isnan(value)}
+    of = own if sequence.heads == "per-task" else matrix
+    metrics = {name: value for name, value in continual_metrics(of).items() if not math.isnan(value)}
     records = sequence.training()
     metric = records[-1].get("metric", "accuracy")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -52,7 +56,10 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         tags=[f"task-{index:02d}-{task.name}" for index, task in enumerate(sequence.tasks)],
         loading=loading_code(sequence, repo_id),
         has_heads=bool(heads_of(sequence.adapters([sequence.names[-1]])[0])),
-        matrix=[[f"{value:.4g}" for value in row] for row in matrix] if measured else None,
+        matrix=_cells(matrix) if measured and sequence.heads != "per-task" else None,
+        own_matrix=_cells(own) if measured and not np.array_equal(own, matrix, equal_nan=True) else None,
+        labels=[", ".join(map(as_word, task.labels or [])) for task in sequence.tasks],
+        heads=sequence.heads,
         metrics=[(name, f"{value:.4g}", FORMULAS[name]) for name, value in metrics.items()],
         metric=metric,
         training=[_training_row(task.name, record) for task, record in zip(sequence.tasks, records, strict=True)],
@@ -61,6 +68,10 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         bases=sequence.bases_at,
         licence_text=f"`{licence}`" if licence else "Not stated. **Please fill in `license`.**",
     )
+
+
+def _cells(matrix: np.ndarray) -> list[list[str]]:
+    return [[f"{value:.4g}" for value in row] for row in matrix]
 
 
 def _template(name: str) -> str:
@@ -74,7 +85,8 @@ def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
     base = sequence.base_model
     name = base["name_or_path"] or "the/base-model"
     options = f", revision={base['revision']!r}" if base["revision"] else ""
-    options += f", num_labels={base['num_labels']}" if base["num_labels"] else ""
+    labels = base["num_labels"] if sequence.heads == "shared" else len(sequence.labels_of_head(sequence.names[-1]))
+    options += f", num_labels={labels}" if labels else ""
     return "\n".join(
         [
             "from peft import PeftModel",
@@ -88,6 +100,7 @@ def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
 
 def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None, metric: str) -> ModelCardData:
     base, last = sequence.base_model, sequence.tasks[-1]
+    measured = root_rows(sequence.tasks, sequence.heads)[-1]
     ending = next((kind for end, kind in _TASK_TYPES.items() if base["architecture"].endswith(end)), "other")
     results = [
         EvalResult(
@@ -96,10 +109,10 @@ def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None, me
             dataset_name=name,
             metric_type=metric,
             metric_name=f"after {last.name}",
-            metric_value=last.metrics[name],
+            metric_value=measured[name],
         )
         for name in sequence.names
-        if name in last.metrics
+        if name in measured
     ]
     return ModelCardData(
         base_model=base["name_or_path"] or None,

@@ -75,7 +75,7 @@ def push_sequence(
     commits = {}
     for count in range(len(remote.tasks if remote else []) + 1, len(sequence.tasks) + 1):
         task = sequence.tasks[count - 1]
-        so_far = PublishedSequence(sequence.folder, sequence.base_model, sequence.tasks[:count], bases=where)
+        so_far = sequence.part(sequence.tasks[:count], bases=where)
         files: dict[str, bytes | Path] = {
             name: sequence.folder / name for name in task.files if where == "included" or not name.endswith(SUBSPACE)
         }

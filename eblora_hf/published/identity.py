@@ -20,14 +20,17 @@ from .schema import BaseModelIdentity
 logger = logging.get_logger(__name__)
 
 
-def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> BaseModelIdentity:
+def describe_base_model(
+    model: nn.Module, heads: Collection[str] = (), label_layer: str | None = None
+) -> BaseModelIdentity:
     """
     Identity of a base model.
 
     Args:
         model (`nn.Module`): The model, with or without adapters.
         heads (collection of `str`): Names of its `modules_to_save`, whose values do not matter: adapters bring their
-        own.
+            own.
+        label_layer (`str`, *optional*): The layer among them whose number of outputs does not matter either.
 
     Returns:
         `dict`: Its name and revision as far as known, its class, a hash of the names and shapes of all parameters, and
@@ -50,22 +53,27 @@ def describe_base_model(model: nn.Module, heads: Collection[str] = ()) -> BaseMo
         if ".lora_" not in name and ".modules_to_save." not in name  # what PEFT added
     }
     for name, (stored, parameter) in sorted(own.items()):
-        shapes.append((name, packed.get(stored, list(parameter.shape))))
+        shape = packed.get(stored, list(parameter.shape))
+        of_labels = label_layer is not None and name.rpartition(".")[0] == label_layer
+        shapes.append((name, [-1, *shape[1:]] if of_labels else shape))
         if stored in packed or parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             values = None
         elif values is not None and not any(f".{head}." in f".{name}" for head in heads):
             every = max(parameter.numel() // 4096, 1)
             sample = whole(parameter.detach()).flatten()[::every].to("cpu", torch.bfloat16)
             values.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return {
+    identity: BaseModelIdentity = {
         "name_or_path": origin,  # paths of one machine are nobody else's business
         "revision": revision,
         "architecture": type(model).__name__,
-        "num_labels": labels,
+        "num_labels": labels if label_layer is None else None,
         "heads": sorted(heads),
         "fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
         "weights": None if values is None else values.hexdigest(),
     }
+    if label_layer is not None:
+        identity["label_layer"] = label_layer
+    return identity
 
 
 def local_path(model: nn.Module) -> str | None:
@@ -104,7 +112,7 @@ def check_same_model(expected: BaseModelIdentity, model: nn.Module, whose: str) 
     Raises:
         ValueError: naming both.
     """
-    described = describe_base_model(model, expected.get("heads", ()))
+    described = describe_base_model(model, expected.get("heads", ()), expected.get("label_layer"))
     if described["fingerprint"] != expected["fingerprint"]:
         raise ValueError(
             f"{whose} was learnt on {expected['name_or_path']!r} ({expected['architecture']}), whose weights have "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -12,6 +12,7 @@ from .schema import (
     BaseModelIdentity,
     Count,
     Digest,
+    Label,
     Number,
     RepoId,
     TaskName,
@@ -23,6 +24,7 @@ from .schema import (
 
 INDEX = "eblora_sequence.json"
 FORMAT_VERSION = 1
+Heads = Literal["shared", "per-task", "grow"]
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SUBSPACE, TRAINING = "subspace.safetensors", "training.json"
 
@@ -41,6 +43,9 @@ class TaskRecord:
         steps (`int`): Optimizer steps it was trained for.
         metrics (`dict[str, float]`): Row of the accuracy matrix: accuracy on each task after learning this one.
         files (`dict[str, str]`): sha256 of each file, by its path relative to the sequence.
+        labels (`list[str]`, *optional*): Names of its labels, by their numbers in its data.
+        root_metrics (`dict[str, float]`, *optional*): The row of `metrics` with the head that the root carries after
+            this task, where earlier tasks were measured with one of their own.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -52,6 +57,8 @@ class TaskRecord:
     steps: Count
     metrics: Annotated[dict[str, Number], Field(max_length=10_000)] = field(default_factory=dict)
     files: dict[Text, Digest] = field(default_factory=dict)
+    labels: Annotated[list[Label], Field(min_length=1, max_length=100_000)] | None = None
+    root_metrics: Annotated[dict[str, Number], Field(max_length=10_000)] | None = None
 
     @property
     def has_basis(self) -> bool:
@@ -70,6 +77,7 @@ class Index:
         bases (`str`): `"included"`, `"withheld"` or the repository that holds them.
         files (`dict[str, str]`): sha256 of the files in the root.
         tasks (`list[TaskRecord]`): In the order in which they were learnt.
+        heads (`str`, defaults to `"shared"`): As in [`EBLoRAConfig`]: whether tasks have heads of their own size.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -79,6 +87,13 @@ class Index:
     bases: RepoId
     files: dict[Text, Digest]
     tasks: Annotated[list[TaskRecord], Field(min_length=1, max_length=MAX_TASKS)]
+    heads: Heads = "shared"
+
+    def content(self) -> dict[str, Any]:
+        """The index as JSON has it; what is not set is left out."""
+        tasks = [{key: value for key, value in vars(task).items() if value is not None} for task in self.tasks]
+        shared = ["heads"] if self.heads == "shared" else []
+        return {key: value for key, value in vars(self).items() if key not in shared} | {"tasks": tasks}
 
     @classmethod
     def read(cls, path: Path) -> "Index":
@@ -108,9 +123,27 @@ class Index:
             raise ValueError(f"files: {sorted(index.files)}, expected {ADAPTER} and {ADAPTER_CONFIG}")
         for position, task in enumerate(index.tasks):
             _check_paths(task, position)
+            if index.heads != "shared" and not task.labels:
+                raise ValueError(f"tasks.{position}.labels: missing, but every task has a head of its own")
+        if index.heads != "shared" and not index.base_model.get("label_layer"):
+            raise ValueError("base_model.label_layer: missing, but tasks have heads of their own size")
         if len({task.name.lower() for task in index.tasks}) < len(index.tasks):
             raise ValueError("tasks: two have one name, or names that differ in case only")
         return index
+
+
+def root_rows(tasks: list[TaskRecord], heads: Heads) -> list[dict[str, float]]:
+    """
+    Rows of the accuracy matrix with the head that the root carries after each task, which is what plain PEFT loads.
+    """
+    rows = [task.metrics if task.root_metrics is None else task.root_metrics for task in tasks]
+    if heads == "per-task":  # the root has no head for an earlier task
+        names = [task.name for task in tasks]
+        rows = [
+            {key: value for key, value in row.items() if key == name or key not in names}
+            for name, row in zip(names, rows, strict=True)
+        ]
+    return rows
 
 
 def _check_paths(task: TaskRecord, position: int) -> None:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..adapters.composition import concatenate, load_adapter
+from ..adapters.heads import name_labels
 from ..adapters.states import folded_config, heads_of
 from .adapter_files import fitting_task_type
+from .files import write
 from .index import INDEX, SUBSPACE
 from .owner import remember_bases
 from .remote import fetch_files, remote_state
@@ -19,6 +21,10 @@ from .requests import HubApi, is_unanswered, retried
 from .sequence import PublishedSequence
 
 logger = logging.get_logger(__name__)
+
+
+class NoSequenceError(FileNotFoundError):
+    """A folder or repository holds no sequence."""
 
 
 def fetch_sequence(
@@ -44,10 +50,10 @@ def fetch_sequence(
                 f"revision={revision!r} is for the Hub, but {source} is a folder. Use `upto=` for a part of it."
             )
         sequence = PublishedSequence.open(source)
-        return sequence if folder is None else sequence.copy_to(folder)
+        return sequence if folder is None else _copied(sequence, folder)
     repo_id, _, at = str(source).partition("@")
     if Path(source).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or repo_id.startswith("."):
-        raise FileNotFoundError(f"{source} holds no sequence: there is no {INDEX} in it.")
+        raise NoSequenceError(f"{source} holds no sequence: there is no {INDEX} in it.")
     api, revision = HubApi(token=token), revision or at or "main"
     try:
         sequence = _download(api, repo_id, revision)
@@ -59,7 +65,7 @@ def fetch_sequence(
         return sequence
     elsewhere = sequence.bases_at not in ("included", "withheld")
     bases = _download_bases(api, sequence) if elsewhere and any(task.has_basis for task in sequence.tasks) else None
-    copied = sequence.copy_to(folder, bases)
+    copied = _copied(sequence, folder, bases)
     remember_bases(Path(folder), repo_id, sequence.bases_at)
     return copied
 
@@ -68,7 +74,7 @@ def _download(api: HubApi, repo_id: str, revision: str) -> PublishedSequence:
     """The sequence at a revision, in the cache of `huggingface_hub`."""
     commit, remote = remote_state(api, repo_id, revision)
     if remote is None:
-        raise FileNotFoundError(f"The repository {repo_id} holds no sequence: there is no {INDEX} in it.")
+        raise NoSequenceError(f"The repository {repo_id} holds no sequence: there is no {INDEX} in it.")
     fetch_files(api, repo_id, commit, [*remote.files, *(name for task in remote.tasks for name in task.files)])
     # by the name of the revision as well, from which the cache knows the commit when the Hub cannot be asked
     named = retried(api.hf_hub_download, repo_id, INDEX, revision=revision)
@@ -98,6 +104,26 @@ def _download_bases(api: HubApi, sequence: PublishedSequence) -> Path:
     return first.parents[len(Path(names[0]).parts) - 1]
 
 
+def _copied(sequence: PublishedSequence, folder: str | Path, bases: str | Path | None = None) -> PublishedSequence:
+    """
+    Copies a sequence into a folder that holds none, index last, and opens the copy.
+
+    Args:
+        sequence ([`PublishedSequence`]): The sequence.
+        folder (`str` or `Path`): Where to.
+        bases (`str` or `Path`, *optional*): Folder with the bases, if they are not in the sequence's own.
+    """
+    copied = sequence.part(sequence.tasks, bases=None if bases is None else "included")
+    copied.folder = Path(folder)
+    for task in sequence.tasks:
+        for name in task.files:
+            source = Path(bases or sequence.folder) if name.endswith(SUBSPACE) else sequence.folder
+            if (source / name).is_file():
+                write(copied.folder / name, (source / name).read_bytes())
+    copied.write_root()
+    return PublishedSequence.open(folder)
+
+
 def load_sequence(
     base_model: nn.Module,
     source: str | Path,
@@ -116,7 +142,8 @@ def load_sequence(
         source (`str` or `Path`): A folder, or a repository id on the Hub.
         upto (`str`, *optional*): Last task to take: the model after that task.
         exclude (collection of `str`, *optional*): Tasks to leave out.
-        head (`str`, *optional*): Task whose `modules_to_save` to use instead of the newest task's.
+        head (`str`, *optional*): Task whose `modules_to_save` to use instead of the newest task's. A head of another
+            number of labels than the base model's takes its place, with the names of its labels.
         revision (`str`, *optional*), token (`str`, *optional*): For the Hub.
 
     Returns:
@@ -128,7 +155,8 @@ def load_sequence(
     sequence = fetch_sequence(source, token=token, revision=revision)
     sequence.check_base_model(base_model)
     sequence.check_adapters(base_model)
-    adapter = concatenate(sequence.adapters(sequence.select(upto, exclude)))
+    chosen = sequence.select(upto, exclude)
+    adapter = concatenate(sequence.adapters(chosen))
     if head is not None:
         heads = heads_of(sequence.adapters(sequence.select(head)[-1:])[0])
         if not heads:
@@ -137,4 +165,7 @@ def load_sequence(
     config = fitting_task_type(folded_config(sequence.config(), adapter), base_model)
     model = get_peft_model(base_model, config)
     load_adapter(model, "default", adapter)
+    labels = sequence.labels_of_head(head or chosen[-1])
+    if sequence.heads != "shared" and labels:
+        name_labels(base_model, labels)
     return model.eval()

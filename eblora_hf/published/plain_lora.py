@@ -38,7 +38,7 @@ class Adapter:
     state: AdapterState
 
 
-def read_adapter(source: str | Path) -> Adapter:
+def read_adapter(source: str | Path, *, token: str | None = None) -> Adapter:
     """
     Reads any PEFT LoRA adapter and folds its scaling γ (`lora_alpha`, `use_rslora`, `rank_pattern`,
     `alpha_pattern`) into lora_B.
@@ -46,13 +46,14 @@ def read_adapter(source: str | Path) -> Adapter:
     Args:
         source (`str` or `Path`): A folder; or on the Hub `"user/repo"`, `"user/repo@revision"`,
             `"user/repo:subfolder"` or `"user/repo@revision:subfolder"`.
+        token (`str`, *optional*): For the Hub.
 
     Raises:
         FileNotFoundError: if there is no adapter.
         ValueError: if it is not plain LoRA on linear layers, is published as a pickle, or its files contradict each
             other; the message says which.
     """
-    folder, pickled = _fetch(str(source))
+    folder, pickled = _fetch(str(source), token)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{source} holds no adapter: there is no {ADAPTER_CONFIG} in it.")
     file = read_adapter_file(folder / ADAPTER_CONFIG)
@@ -69,7 +70,7 @@ def read_adapter(source: str | Path) -> Adapter:
     return Adapter(str(source), config, _folded(state, file, source))
 
 
-def _fetch(source: str) -> tuple[Path, bool]:
+def _fetch(source: str, token: str | None) -> tuple[Path, bool]:
     """The folder of an adapter, downloaded if it is on the Hub, and whether its weights are a pickle alone."""
     if Path(source).is_dir():
         folder = Path(source)
@@ -81,9 +82,9 @@ def _fetch(source: str) -> tuple[Path, bool]:
     prefix = f"{parts['subfolder'].strip('/')}/" if parts["subfolder"] else ""
     wanted = [f"{prefix}{name}" for name in (ADAPTER_CONFIG, ADAPTER)]
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / prefix
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, token=token)) / prefix
         missing = not (folder / ADAPTER).is_file()
-        return folder, missing and file_exists(repo, f"{prefix}{_PICKLE}", revision=revision)
+        return folder, missing and file_exists(repo, f"{prefix}{_PICKLE}", revision=revision, token=token)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{source} is neither a folder nor a repository on the Hub that you can read."

@@ -27,6 +27,7 @@ Word = Annotated[
     str, StringConstraints(pattern=r"^[\w.+/-]*( [\w.+/-]+)*$", max_length=200)
 ]  # neither Markdown nor HTML
 Text = Annotated[str, StringConstraints(max_length=500)]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Options = dict[Word, bool | int | Number | Word | None]
@@ -51,6 +52,7 @@ class BaseModelIdentity(TypedDict):
     architecture: ClassName
     num_labels: Count | None
     heads: NotRequired[Annotated[list[ModuleName], Field(max_length=100)]]
+    label_layer: NotRequired[ModuleName]
     fingerprint: Digest
     weights: Digest | None
 

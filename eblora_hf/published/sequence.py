@@ -39,7 +39,7 @@ from .adapter_files import (
 from .checks import check_columns, check_finite, check_new_names, matches, verify
 from .files import json_bytes, sync_folder, temporary_name, tensor_bytes, write
 from .identity import check_same_model
-from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Index, TaskRecord
+from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Heads, Index, TaskRecord
 from .locks import one_writer
 from .owner import settings_of
 from .schema import MAX_JSON, BaseModelIdentity, TrainingRecord, as_plain, check_training, read_checked
@@ -56,6 +56,7 @@ class PublishedSequence:
         base_model (`dict`): Identity of the base model, see [`describe_base_model`].
         tasks (`list[TaskRecord]`): The tasks already there; use [`PublishedSequence.open`] to read them.
         bases (`str`, defaults to `"included"`): Where the bases are: in the task folders, `"withheld"`, or a Hub repo.
+        heads (`str`, defaults to `"shared"`): As in [`EBLoRAConfig`].
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class PublishedSequence:
         tasks: list[TaskRecord] | None = None,
         *,
         bases: str = "included",
+        heads: Heads = "shared",
     ):
         self.folder = Path(folder)
         self.base_model = base_model
         self.tasks = tasks or []
         self.bases_at = bases
+        self.heads = heads
 
     def __repr__(self) -> str:
         return f"PublishedSequence({str(self.folder)!r}, tasks={self.names}, bases={self.bases_at!r})"
@@ -96,7 +99,7 @@ class PublishedSequence:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no sequence: there is no {INDEX} in it.")
         index = Index.read(path)
-        sequence = cls(folder, index.base_model, index.tasks, bases=index.bases)
+        sequence = cls(folder, index.base_model, index.tasks, bases=index.bases, heads=index.heads)
         for task in index.tasks:
             for name, digest in task.files.items():
                 if not name.endswith(SUBSPACE) or sequence.bases_at == "included" or (sequence.folder / name).exists():
@@ -138,6 +141,12 @@ class PublishedSequence:
             )
         return chosen
 
+    def labels_of_head(self, name: str) -> list[str]:
+        """The labels of the head in a task's folder, in the order of its rows; empty if they are not known."""
+        index = self.names.index(name)
+        held = self.tasks[: index + 1] if self.heads == "grow" else self.tasks[index : index + 1]
+        return list(dict.fromkeys(label for task in held for label in task.labels or ()))
+
     def names_without_basis(self) -> list[str]:
         """Tasks learnt by a method that keeps none."""
         return [task.name for task in self.tasks if not task.has_basis]
@@ -169,7 +178,8 @@ class PublishedSequence:
         heads: set[str] = set()
         for task, adapter in zip(self.tasks, self.adapters(), strict=True):
             file = read_adapter_file(self.folder / task.folder / ADAPTER_CONFIG)
-            check_fits(adapter, file, model, self.folder / task.folder / ADAPTER)
+            rows = (self.base_model.get("label_layer"), len(self.labels_of_head(task.name)))
+            check_fits(adapter, file.modules_to_save or [], model, self.folder / task.folder / ADAPTER, rows)
             heads |= set(config_of(file, adapter).modules_to_save or [])
         return heads
 
@@ -229,6 +239,8 @@ class PublishedSequence:
         steps: int,
         metrics: dict[str, float],
         training: dict[str, Any],
+        labels: list[str] | None = None,
+        root_metrics: dict[str, float] | None = None,
     ) -> TaskRecord:
         """
         Adds a finished task. Its folder appears under its name only when complete, and counts only once the index is
@@ -242,6 +254,7 @@ class PublishedSequence:
                 that of a layer left out. `None` if it was learnt by a method that keeps no basis.
             steps (`int`), metrics (`dict[str, float]`): For its record.
             training (`dict`): How it was trained, for `training.json`.
+            labels (`list[str]`, *optional*), root_metrics (`dict[str, float]`, *optional*): As in [`TaskRecord`].
 
         Raises:
             ValueError: if the sequence has a task of that name, or other layers, or its folder holds tasks that it
@@ -263,8 +276,10 @@ class PublishedSequence:
             steps=steps,
             metrics={key: as_plain(value) for key, value in metrics.items()},
             files={f"{folder}/{file}": hashlib.sha256(data).hexdigest() for file, data in files.items()},
+            labels=labels,
+            root_metrics=None if root_metrics is None else {k: as_plain(value) for k, value in root_metrics.items()},
         )
-        grown = PublishedSequence(self.folder, self.base_model, [*self.tasks, record], bases=self.bases_at)
+        grown = self.part([*self.tasks, record])
         Index.checked(json.dumps(grown._index({ADAPTER: "0" * 64, ADAPTER_CONFIG: "0" * 64})).encode())
         check_links(self.folder)
         with one_writer(self.folder, "append", patience=60.0):
@@ -304,7 +319,7 @@ class PublishedSequence:
             local (`bool`, defaults to `False`): Whether the files stay on this machine, so that a base model without a
                 name on the Hub is named by its path.
         """
-        part = PublishedSequence(self.folder, self.base_model, self.tasks[:count], bases=self.bases_at)
+        part = self.part(self.tasks[:count])
         adapter = concatenate(part.adapters())
         file = read_adapter_file(self.folder / part.tasks[-1].folder / ADAPTER_CONFIG)
         config = readable_targets(config_of(file, adapter), file)
@@ -313,10 +328,14 @@ class PublishedSequence:
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in root.items()}
         return {**root, INDEX: json_bytes(part._index(digests))}  # the index last
 
+    def part(self, tasks: list[TaskRecord], *, bases: str | None = None) -> "PublishedSequence":
+        """The sequence in the same folder with some of its tasks, or with its `bases` elsewhere."""
+        where = self.bases_at if bases is None else bases
+        return PublishedSequence(self.folder, self.base_model, list(tasks), bases=where, heads=self.heads)
+
     def _index(self, root: dict[str, str]) -> dict[str, Any]:
         """The content of the index, for the sha256 of the files in the root."""
-        index = Index(FORMAT_VERSION, self.base_model, self.bases_at, root, self.tasks)
-        return vars(index) | {"tasks": [vars(task) for task in self.tasks]}
+        return Index(FORMAT_VERSION, self.base_model, self.bases_at, root, self.tasks, self.heads).content()
 
     def _config_dict(self, config: LoraConfig, local_base: str | None = None) -> dict[str, Any]:
         """What stock PEFT reads. The base model is named as on the Hub, or by its path where the file stays here."""
@@ -329,22 +348,3 @@ class PublishedSequence:
         check_links(self.folder)
         for file, data in self.state_after(len(self.tasks), local=True).items():
             write(self.folder / file, data)
-
-    def copy_to(self, folder: str | Path, bases: str | Path | None = None) -> "PublishedSequence":
-        """
-        Copies the sequence into a folder that holds none, index last, and opens the copy.
-
-        Args:
-            folder (`str` or `Path`): Where to.
-            bases (`str` or `Path`, *optional*): Folder with the bases, if they are not in the sequence's own.
-        """
-        copied = PublishedSequence(
-            folder, self.base_model, self.tasks, bases=self.bases_at if bases is None else "included"
-        )
-        for task in self.tasks:
-            for name in task.files:
-                source = Path(bases or self.folder) if name.endswith(SUBSPACE) else self.folder
-                if (source / name).is_file():
-                    write(copied.folder / name, (source / name).read_bytes())
-        copied.write_root()
-        return PublishedSequence.open(folder)

@@ -3,6 +3,7 @@ Reads the constructor arguments of the trainer: what is not supported, which ada
 learnt.
 """
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -13,12 +14,16 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 
+from ..adapters.heads import find_heads, has_fresh_head
 from ..adapters.layers import AdaptedLayer, is_quantized
 from ..adapters.leftovers import mark_wrapped, take_off_unfinished, trained_adapter, unwrapped
 from ..config import Task, TaskSequence
 from ..manifold.optimizers import check_optimizer, plain_optimizer
 from .fsdp import unsupported_launcher
+
+logger = logging.get_logger(__name__)
 
 # what turns raw inputs into a model's, as `processing_class` takes it
 Processing = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
@@ -54,8 +59,16 @@ def by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict
     raise TypeError(f"{cls.__name__} has no trainer class after {mixin.__name__}.")
 
 
-def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
-    """Raises a `ValueError` for what the trainer does not support, before anything is built."""
+def check_set_up(arguments: dict[str, Any], constrained: bool, *, continues: bool, heads: str) -> None:
+    """
+    Raises a `ValueError` for what the trainer does not support, before anything is built.
+
+    Args:
+        arguments (`dict`): The constructor's arguments by name.
+        constrained (`bool`): Whether a constraint follows the optimizer.
+        continues (`bool`): Whether a sequence is continued.
+        heads (`str`): As in [`EBLoRAConfig`].
+    """
     if arguments.get("model_init") is not None:
         raise ValueError("`model_init` is not supported: a sequence continues one model. Pass `model=` instead.")
     args = arguments.get("args")
@@ -63,6 +76,17 @@ def check_set_up(arguments: dict[str, Any], constrained: bool) -> None:
         raise ValueError(
             "bf16_full_eval and fp16_full_eval are not supported: they cast the model's weights in place, and the "
             "adapter and all later tasks would keep the rounding. Use bf16=True for evaluation under autocast."
+        )
+    if heads == "grow" and args is not None and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor!r} is not supported with heads='grow': while a task "
+            "is learnt its own labels alone are answered, and smoothing asks for a share of all. Set it to 0."
+        )
+    several = isinstance(arguments.get("train_dataset"), (Mapping, TaskSequence, list, tuple))
+    if getattr(args, "precompute_ref_log_probs", False) and (several or continues):
+        raise ValueError(
+            "precompute_ref_log_probs=True is not supported with several tasks or `sequence=`: the reference would be "
+            "computed before the earlier tasks are on the model, but it is the model after them. Set it to False."
         )
     if constrained:
         _check_optimizers(arguments)
@@ -86,8 +110,18 @@ def _check_optimizers(arguments: dict[str, Any]) -> None:
         check_optimizer(f"optim={name!r}", name)
 
 
-def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
-    """The model with the LoRA adapter to train. Raises a `ValueError` if there is none, or no single one."""
+def with_adapter(model: Any, peft_config: LoraConfig | None, *, own_heads: bool = False) -> PeftModel:
+    """
+    The model with the LoRA adapter to train, and with its heads among the `modules_to_save`.
+
+    Args:
+        model: What the trainer was given.
+        peft_config (`LoraConfig`, *optional*): The adapter for a model that has none.
+        own_heads (`bool`, defaults to `False`): Whether tasks have heads of their own size.
+
+    Raises:
+        ValueError: if there is no adapter, or no single one, or a head was drawn at random and would not be published.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"ContinualEBLoRATrainer needs a `model`, got {model!r}. Load it first, with `from_pretrained` for "
@@ -107,6 +141,15 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
                 f"Expected one active adapter, got {model.active_adapters}: call `model.set_adapter(name)`."
             )
         take_off_unfinished(model, adapter)
+        base_model = model.get_base_model()
+        named = sorted({*(getattr(model.peft_config[adapter], "modules_to_save", None) or ())})
+        unnamed = [head for head in find_heads(base_model) if head not in named]
+        if unnamed and (own_heads or has_fresh_head(base_model)):
+            raise ValueError(
+                f"The {type(base_model).__name__} has the head {', '.join(unnamed)}, which its checkpoint does not "
+                "hold: it was drawn at random, and nobody who loads the adapter would have it. Pass "
+                f"LoraConfig(modules_to_save={[*named, *unnamed]}) to `get_peft_model`."
+            )
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -119,6 +162,7 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
             "    peft_config=LoraConfig(r=16, target_modules='all-linear'),"
         )
     model = unwrapped(model)
+    peft_config = _with_heads(model, peft_config, own_heads)
     heads = {*(peft_config.modules_to_save or ()), *_HEADS.get(peft_config.task_type, ())}
     for name, module in model.named_modules():
         saved = name.rpartition(".")[2] in heads
@@ -131,6 +175,25 @@ def with_adapter(model: Any, peft_config: LoraConfig | None) -> PeftModel:
     wrapped = get_peft_model(model, peft_config)
     mark_wrapped(model)
     return wrapped
+
+
+def _with_heads(model: nn.Module, config: LoraConfig, own_heads: bool) -> LoraConfig:
+    """
+    The configuration with the heads that nobody has named: those drawn at random, which no stranger could have
+    otherwise; and those that `"all-linear"` would take for a layer like others.
+    """
+    named = {*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())}
+    unnamed = [head for head in find_heads(model) if head not in named]
+    if not (own_heads or has_fresh_head(model)):
+        excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        left_out = {name.partition(".")[0] for name in excluded or ()}
+        unnamed = [head for head in unnamed if config.target_modules == "all-linear" and head not in left_out]
+    if not unnamed:
+        return config
+    logger.info(f"The head {', '.join(unnamed)} is trained whole, and published with every task.")
+    with_heads = copy.deepcopy(config)
+    with_heads.modules_to_save = [*(config.modules_to_save or ()), *unnamed]
+    return with_heads
 
 
 def check_layers(layers: list[AdaptedLayer], adapter: str, orthonormal: bool) -> None:

@@ -16,6 +16,7 @@ from ..config import EBLoRAConfig, Task
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis
 from ..metrics import accuracy_matrix
+from ..published.index import root_rows
 from ..published.schema import as_plain
 from ..published.sequence import PublishedSequence
 from ..version import __version__
@@ -58,6 +59,8 @@ class TaskSequenceCallback(TrainerCallback):
         steps: int,
         metrics: dict[str, float],
         training: dict,
+        root_metrics: dict[str, float] | None = None,
+        labels: list[str] | None = None,
         write: bool = True,
     ) -> None:
         """
@@ -68,7 +71,8 @@ class TaskSequenceCallback(TrainerCallback):
             config (`LoraConfig`): The configuration it was trained with.
             extensions (`dict[str, BasisExtension]`, *optional*): What it adds to the basis of each layer, `None` if
                 the method keeps none.
-            steps (`int`), metrics (`dict[str, float]`), training (`dict`): For its record.
+            steps (`int`), metrics (`dict[str, float]`), training (`dict`), root_metrics (`dict[str, float]`,
+                *optional*), labels (`list[str]`, *optional*): For its record.
             write (`bool`, defaults to `True`): Whether this process writes files.
         """
         added = {
@@ -87,7 +91,15 @@ class TaskSequenceCallback(TrainerCallback):
         if write and self.task_name is not None:
             kept = None if extensions is None else added
             self.sequence.append(
-                self.task_name, adapter, config, kept, steps=steps, metrics=metrics, training=training
+                self.task_name,
+                adapter,
+                config,
+                kept,
+                steps=steps,
+                metrics=metrics,
+                training=training,
+                labels=labels,
+                root_metrics=root_metrics,
             )
         for name, extension in added.items():  # what a run that reads the files again will have
             self.bases[name] = join_basis(self.bases.get(name), extension.columns)
@@ -96,6 +108,11 @@ class TaskSequenceCallback(TrainerCallback):
     def accuracy_matrix(self) -> np.ndarray:
         """R[t][i], the accuracy on task i after learning task t, of shape `(T, T)`; NaN where it was not measured."""
         return accuracy_matrix(self.sequence.names, [task.metrics for task in self.sequence.tasks])
+
+    def root_accuracy_matrix(self) -> np.ndarray:
+        """The same with the head that the root carries after each task, which is what plain PEFT loads."""
+        sequence = self.sequence
+        return accuracy_matrix(sequence.names, root_rows(sequence.tasks, sequence.heads))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.task_name is not None and state.log_history:

@@ -1,6 +1,7 @@
 """The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,13 @@ from ..methods.base import Snapshot, Snapshots
 from ..published.checks import check_finite
 from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
 from .fsdp import ShardedMixin
+from .measuring import MeasuringMixin
 from .snapshots import take_snapshot
 
 _NEVER = 2**62  # a step that no training reaches
 
 
-class ConstrainedMixin(ShardedMixin):
+class ConstrainedMixin(MeasuringMixin, ShardedMixin):
     """
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
     allows.
@@ -81,6 +83,7 @@ class ConstrainedMixin(ShardedMixin):
             starting_batch_size=self._train_batch_size,
             auto_find_batch_size=self.args.auto_find_batch_size,
         )
+        logged = copy.deepcopy(vars(self).get("_metrics"))
         try:
             return take()
         except Exception as error:
@@ -89,6 +92,9 @@ class ConstrainedMixin(ShardedMixin):
                 "trainer's own collator and loss, in evaluation mode."
             )
             raise
+        finally:
+            if logged is not None:  # TRL's loss functions keep sums for the log, which a snapshot is no part of
+                self._metrics = logged
 
     def plan_training(self) -> None:
         """
@@ -107,7 +113,7 @@ class ConstrainedMixin(ShardedMixin):
         count = self._get_num_items_in_batch([inputs], self.args.device) if self.compute_loss_func else None
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         bf16 = self.accelerator.mixed_precision == "bf16"
-        with self.accelerator.autocast() if bf16 else contextlib.nullcontext():
+        with self.heads.learning(), self.accelerator.autocast() if bf16 else contextlib.nullcontext():
             return self.compute_loss(model, inputs, num_items_in_batch=count)
 
     def _inputs(self, dataset: Any, batches: list[list[int]]) -> Iterator[dict]:
@@ -121,10 +127,14 @@ class ConstrainedMixin(ShardedMixin):
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=workers)
         return map(self._prepare_inputs, loader)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""
+    def set_trainable(self) -> None:
         for layer in self.layers:  # whatever activated the adapter made all of it trainable
             layer.lora_A.requires_grad_(self.method.trains_lora_A)
+        self.heads.set_trainable()
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Builds the optimizer that the arguments ask for, and refuses one that cannot be kept on the manifold."""
+        self.set_trainable()
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.method.constrained:
             plain_optimizer(optimizer)
@@ -136,6 +146,7 @@ class ConstrainedMixin(ShardedMixin):
                     f"trainer does not know the parameters that the method {self.eblora_config.method!r} trains: pass "
                     "`optimizer_cls_and_kwargs` instead of `optimizers`."
                 )
+        self.heads.hold(optimizer)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
@@ -172,7 +183,9 @@ class ConstrainedMixin(ShardedMixin):
                 "Training would run without its constraint: `create_scheduler` of ContinualMixin was not called. Call "
                 "super() in your override, and put ContinualMixin first among the base classes."
             )
-        loss = super().training_step(*args, **kwargs)
+        self.keep_switched()
+        with self.heads.learning():
+            loss = super().training_step(*args, **kwargs)
         # kept on the device: asking for it at every step would wait for it
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
         self._bad_step = bad_step if self._bad_step is None else torch.minimum(self._bad_step, bad_step)

@@ -2,38 +2,36 @@
 
 import copy
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from ..adapters.composition import concatenate, folded_adapter, replace_adapter, with_heads
+from ..adapters.composition import concatenate, folded_adapter, replace_adapter
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.factors import Factors
 from ..adapters.layers import find_layers, keep_differentiable
 from ..adapters.leftovers import begin_run, end_run
-from ..adapters.states import heads_of
+from ..adapters.switches import free_switches, hold_switches
 from ..config import EBLoRAConfig, Task, TaskSequence
 from ..manifold.maps import flushed_denormals, multiplies_exactly
 from ..methods.base import Snapshot
 from ..methods.build import build_method
 from ..published.locks import one_writer
 from ..published.schema import as_word
-from ..published.sequence import PublishedSequence
 from .arguments import by_name, check_frozen, check_layers, check_set_up, read_tasks, with_adapter
-from .callback import TaskSequenceCallback, training_record
+from .beginning import BeginningMixin
+from .callback import training_record
 from .checkpoints import checkpoint_to_resume
 from .companions import name_base_model
-from .constrained import ConstrainedMixin
-from .evaluation import metric_row, sets_to_measure, warn_of_missing_sets, with_token_accuracy, without_early_stopping
+from .evaluation import Measured
+from .heads import TaskHeads
 from .one_task import as_task, draw_lora_A, joined_output, put_fresh_adapter
-from .opening import check_bases, open_sequence
+from .opening import config_to_continue
 from .processes import broadcast_model, check_same_everywhere, spread_over_processes, together
 from .publisher import Publisher, PublishingMixin
 from .signals import StopRequestedError, listen_again, stops_on_sigterm
@@ -41,7 +39,7 @@ from .signals import StopRequestedError, listen_again, stops_on_sigterm
 logger = logging.get_logger(__name__)
 
 
-class ContinualMixin(PublishingMixin, ConstrainedMixin):
+class ContinualMixin(PublishingMixin, BeginningMixin):
     """
     Drives a sequence of tasks through a `Trainer`; it goes first: `class MyTrainer(ContinualMixin, Trainer)`.
 
@@ -54,11 +52,15 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         peft_config (`peft.LoraConfig`, *optional*): The adapter to add to a model that has none.
         eblora_config ([`EBLoRAConfig`], *optional*): Options of the method.
         sequence (`str` or `Path`, *optional*): A published sequence to continue: a folder, or on the Hub `"user/repo"`
-            or `"user/repo@revision"`. New tasks are appended in `args.output_dir`, which may be the same folder.
+            or `"user/repo@revision"`. New tasks are appended in `args.output_dir`, which may be the same folder. Or
+            any plain LoRA adapter, which becomes the first task of a new sequence in `args.output_dir`. Without a
+            `peft_config` the new tasks adapt the same layers with the same ranks.
         task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
         push_bases (`bool` or `str`, *optional*): Where the bases go when the sequence is pushed: into its repository
             (`True`), nowhere (`False`), or into another, private one. They can leak training data. By default as the
             sequence on the Hub has it, and `True` for a new one.
+        protect_data (dataset, *optional*): If `sequence` is a plain LoRA adapter: a sample of what it was trained on,
+            from which its basis is taken. By default it is taken from the adapter itself.
 
     Attributes:
         source (`str` or `Path`, *optional*): The published sequence that is continued.
@@ -78,6 +80,7 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         sequence: str | Path | None = None,
         task_name: str | None = None,
         push_bases: bool | str | None = None,
+        protect_data: Any = None,
         **kwargs,
     ):
         arguments = by_name(type(self), ContinualMixin, args, kwargs)
@@ -86,16 +89,23 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             raise ValueError(f"`eblora_config` must be an EBLoRAConfig, got {eblora_config!r}.")
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
-        check_set_up(arguments, self.method.constrained)
+        check_set_up(
+            arguments, self.method.constrained, continues=sequence is not None, heads=self.eblora_config.heads
+        )
         given = arguments.get("model")
-        model = arguments["model"] = with_adapter(given, peft_config)
+        if sequence is not None and peft_config is None and not isinstance(given, PeftModel):
+            peft_config = config_to_continue(sequence, arguments.get("args"))
+        model = arguments["model"] = with_adapter(given, peft_config, own_heads=self.eblora_config.heads != "shared")
         try:
             self.adapter = model.active_adapters[0]
             self.layers = find_layers(model, self.adapter)
             keep_differentiable(model)
             check_frozen(model)
             check_layers(self.layers, self.adapter, self.method.orthonormal or not self.method.trains_lora_A)
+            self.skips_learnt = isinstance(arguments.get("train_dataset"), (Mapping, TaskSequence, list, tuple))
             self.tasks = read_tasks(arguments, task_name)
+            self.heads = TaskHeads(model, self.adapter, self.eblora_config.heads, self.tasks)
+            self._seen, adapters = arguments.get("train_dataset"), set(model.peft_config)
             if arguments.get("args") is None:
                 arguments["args"] = TrainingArguments()
             self.publisher = Publisher(arguments["args"], push_bases)
@@ -103,13 +113,16 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
             arguments["args"] = copy.copy(arguments["args"])
             arguments["args"].push_to_hub = False
             super().__init__(**arguments)
+            for copied in set(model.peft_config) - adapters:  # TRL's reference, which `disable_adapter` is here
+                model.delete_adapter(copied)
+            self.tasks = self.tasks and self.prepared(self.tasks)
             self.check_sharding()
         except Exception:
             if model is not given:
                 model.unload()  # the user's model as it was, for the next try
                 vars(given).pop("peft_config", None)
             raise
-        self.source = sequence
+        self.source, self.protect_data = sequence, protect_data
         # autocast and TF32 would round away most of a small update on top of weights that were once in bf16
         exact = self.accelerator.mixed_precision == "no" and multiplies_exactly() and not self.is_fsdp_enabled
         merge = exact and self.method.merges_earlier_tasks and self.eblora_config.snapshot_at != "pretrained"
@@ -152,10 +165,13 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         with flushed_denormals(self.args.device), stops_on_sigterm(self.callback_handler):
             try:
                 begin_run(self.model, self.adapter)
+                self.begun_task = False
                 self._learn_all(self.tasks, resume_from_checkpoint, trial, ignore_keys_for_eval)
             except StopRequestedError:
                 logger.warning("SIGTERM: stopped between two trainings. `train(resume_from_checkpoint=True)` goes on.")
             finally:
+                self.begun_task = False
+                free_switches(self.model)
                 self.earlier_tasks.leave(self.model)
         return joined_output(self._outputs, self.continual_metrics())
 
@@ -164,11 +180,8 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
     ) -> None:
         if not self.is_fsdp_enabled:
             broadcast_model(self.model)  # before the first snapshot, which comes before accelerate does it
-        published = self._open_sequence(tasks.names, resuming=bool(resume))
-        self.remove_callback(TaskSequenceCallback)
-        keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)
-        self.task_callback = TaskSequenceCallback(published, keeps_bases, dtype)
-        self.add_callback(self.task_callback)
+        self.begin_sequence(tasks.names, resuming=bool(resume))
+        published = self.begun.sequence
         with together("looking at the Hub"):
             self.publisher.prepare(published)  # a bad token or a conflict shows before hours of training
         pending = [task for task in tasks if task.name not in published.names]
@@ -195,23 +208,6 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         with together("pushing"):
             self.publisher.finish(published)
 
-    def _open_sequence(self, tasks: list[str], resuming: bool) -> PublishedSequence:
-        published = open_sequence(
-            Path(self.args.output_dir),
-            self.source,
-            self.model.get_base_model(),
-            tasks,
-            [layer.name for layer in self.layers],
-            getattr(self.model.peft_config[self.adapter], "modules_to_save", None) or [],
-            resuming=resuming,
-            token=self.args.hub_token,
-            writes=self.is_world_process_zero(),
-            together=together,
-        )
-        if self.method.remembers:
-            check_bases(published, self.eblora_config.method)
-        return published
-
     # ---- one task ----
 
     def _learn_task(
@@ -219,17 +215,17 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
     ) -> TrainOutput:
         """Learns one task: the events of docs/architecture.md in their order, up to a stop in mid-training."""
         seed = self.args.seed + len(self.begun.sequence.tasks)
-        self._renew_adapter(task)
+        self._renew_adapter(task, seed)
         self._start_task(task, seed, checkpoint)
         output = self._train_task(task, seed, checkpoint, trial, ignore_keys)
         if not self.is_trained:
             return output
         trained = self._leave_training(task)
-        self._keep_task(task, seed, trained, self._measure_task(task))
+        self._keep_task(task, seed, trained, self.measure(task))
         self.publish_task()
         return output
 
-    def _renew_adapter(self, task: Task) -> None:
+    def _renew_adapter(self, task: Task, seed: int) -> None:
         """A fresh adapter beside the earlier tasks, and a trainer that remembers nothing of the task before."""
         published = self.begun.sequence
         logger.info(f"***** Task {len(published.tasks)}: {task.name} *****")
@@ -240,6 +236,9 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         self.layers, self._earlier_record = put_fresh_adapter(
             self.model, self.adapter, self.earlier_tasks, published.adapters(), self.method
         )
+        self.heads.put(task.name, published, seed)
+        hold_switches(self.model, self.adapter)
+        self.begun_task = True
         self.start_from({})
         if self._given_optimizer is None:
             self.optimizer, self.lr_scheduler = None, None
@@ -284,45 +283,31 @@ class ContinualMixin(PublishingMixin, ConstrainedMixin):
         self.method.finish_training(self.layers)
         return self.constraint.factors() if self.constraint is not None else {}, record
 
-    def _measure_task(self, task: Task) -> tuple[str | None, dict[str, float]]:
-        """The metric and the row of the matrix."""
-        published = self.begun.sequence
-        alone = self.tasks is not None and len(self.tasks) == 1 and self.compute_metrics is not None
-        sets = sets_to_measure(self.eval_dataset, task.name, alone=alone)
-        warn_of_missing_sets(sets, [*published.names, task.name])
-
-        def head_of(name: str) -> AbstractContextManager:
-            # an earlier task is measured with the head it was learnt with
-            head = heads_of(published.adapters([name])[0]) if name in published.names else {}
-            return with_heads(self.model, self.adapter, head)
-
-        def evaluate(one: dict[str, Any]) -> dict[str, float]:
-            return with_token_accuracy(self.evaluate(one), next(iter(one)), self.state.log_history)
-
-        with without_early_stopping(self.callback_handler):
-            return metric_row(sets, evaluate, self.args.metric_for_best_model, head_of)
-
-    def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], measured: tuple[str | None, dict]) -> None:
+    def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], measured: Measured) -> None:
         """Extends the bases by a snapshot at the trained weights, and appends the task to the sequence."""
-        (factors, record), (metric, row) = trained, measured
-        if metric is not None:
-            record["metric"] = as_word(metric)
+        factors, record = trained
+        if measured.metric is not None:
+            record["metric"] = as_word(measured.metric)
         self.unwrap()
         extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
         adapter = folded_adapter(self.model, self.layers, factors)
         columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
         check_same_everywhere(adapter | columns)
         with together("writing the task"):
+            self.keep_rows(task, seed)
             self.begun.end_task(
                 adapter,
                 self.model.peft_config[self.adapter],
                 extensions if self.method.remembers else None,
                 steps=self.state.global_step,
-                metrics=row,
+                metrics=measured.row,
+                root_metrics=measured.root_row,
+                labels=self.heads.labels.get(task.name),
                 training=record,
                 write=self.args.should_save,
             )
             self.write_companions()
+        self.heads.go_on_from(self.begun.sequence)
         if self.args.save_strategy == SaveStrategy.NO and self.args.should_save:
             shutil.rmtree(self._checkpoint_folder(task), ignore_errors=True)  # it was kept for the case of a failure
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import EarlyStoppingCallback
@@ -12,10 +13,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_TOKENS = "mean_token_accuracy"
+_LOGGED = ("accuracy", "rewards/accuracies", "mean_token_accuracy")  # what TRL's trainers log and do not return
 _PARENTS = {  # what `Trainer.evaluate` returns of itself
-    *("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time", _TOKENS),
-    *("jit_compilation_time", "num_tokens", "entropy"),
+    *("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time"),
+    *("jit_compilation_time", "num_tokens", "entropy", *_LOGGED[1:]),
 }
 
 
@@ -28,12 +29,28 @@ def sets_to_measure(eval_dataset: Any, task: str, *, alone: bool) -> dict[str, A
     return {task: eval_dataset} if alone and eval_dataset is not None else {}
 
 
+@dataclass
+class Measured:
+    """
+    A row of the matrix.
+
+    Args:
+        metric (`str`, *optional*): What was measured; `None` if nothing was.
+        row (`dict[str, float]`): Its values by the name of the set, earlier tasks with the head they were learnt with.
+        root_row (`dict[str, float]`, *optional*): The same with the newest head, if that is another.
+    """
+
+    metric: str | None
+    row: dict[str, float]
+    root_row: dict[str, float] | None = None
+
+
 def metric_row(
     sets: dict[str, Any],
     evaluate: Callable[[dict[str, Any]], dict[str, float]],
     wanted: str | None,
     head_of: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
-) -> tuple[str | None, dict[str, float]]:
+) -> Measured:
     """
     Evaluates each set and takes one number out of what was measured: the same metric of all.
 
@@ -44,9 +61,9 @@ def metric_row(
         head_of (`Callable`): A context within which the model has the head that belongs to a set.
 
     Returns:
-        `tuple` of the metric and its values by the name of the set, where they are finite. The metric is the wanted
-        one unless that is the loss, `accuracy`, the only one that `compute_metrics` returns, `mean_token_accuracy`
-        (TRL's), or `loss`, the first that there is. `(None, {})` without a set.
+        [`Measured`]: Of values that are finite. The metric is the wanted one unless that is the loss, `accuracy`, the
+        only one that `compute_metrics` returns, TRL's `rewards/accuracies` or `mean_token_accuracy`, or `loss`, the
+        first that there is. It is `None` without a set.
     """
     measured: dict[str, dict[str, float]] = {}
     for name, dataset in sets.items():
@@ -58,7 +75,7 @@ def metric_row(
     infinite = sorted(name for name, value in row.items() if not math.isfinite(value))
     if infinite:
         logger.warning(f"The {metric} of {', '.join(infinite)} is no finite number: it has no place in the matrix.")
-    return metric, {name: value for name, value in row.items() if name not in infinite}
+    return Measured(metric, {name: value for name, value in row.items() if name not in infinite})
 
 
 def _number(value: Any, metric: str, name: str) -> float:
@@ -83,14 +100,14 @@ def _choose(measured: dict[str, dict[str, float]], wanted: str) -> str | None:
             f"Evaluation returns {', '.join(own)}, and none of them is called 'accuracy': the matrix is of the loss. "
             "Name one with `metric_for_best_model`."
         )
-    candidates = ["" if wanted == "loss" else wanted, "accuracy", *(own if len(own) == 1 else []), _TOKENS, "loss"]
+    candidates = ["" if wanted == "loss" else wanted, "accuracy", *(own if len(own) == 1 else []), *_LOGGED, "loss"]
     return next((name for name in candidates if name in names), None)
 
 
-def with_token_accuracy(results: dict[str, float], name: str, history: list[dict[str, Any]]) -> dict[str, float]:
-    """What was measured on a set, with the token accuracy that TRL's trainers only log."""
-    logged = history[-1].get(f"eval_{_TOKENS}") if history else None
-    return results if logged is None else results | {f"eval_{name}_{_TOKENS}": logged}
+def with_logged(results: dict[str, float], name: str, history: list[dict[str, Any]]) -> dict[str, float]:
+    """What was measured on a set, with the accuracies that TRL's trainers only log."""
+    entry = history[-1] if history else {}
+    return {f"eval_{name}_{key}": entry[f"eval_{key}"] for key in _LOGGED if f"eval_{key}" in entry} | results
 
 
 def warn_of_missing_sets(sets: Any, tasks: list[str]) -> None:

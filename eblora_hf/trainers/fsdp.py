@@ -42,6 +42,11 @@ class ShardedMixin(TrainerSurface):
                     "DistributedDataParallel instead without a word). Remove the argument."
                 )
             return
+        if self.eblora_config.heads != "shared":
+            raise ValueError(
+                f"EBLoRAConfig(heads={self.eblora_config.heads!r}) is not supported with FSDP2: it shards the head "
+                "that the model came with, and every task has one of another size. Use DDP, or heads='shared'."
+            )
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(unsupported_launcher("FSDP version 1"))

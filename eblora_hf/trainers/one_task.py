@@ -15,8 +15,9 @@ from transformers.trainer_utils import TrainOutput
 from ..adapters.composition import concatenate, set_ranks
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.layers import AdaptedLayer, find_layers
-from ..adapters.sharding import scatter
-from ..adapters.states import AdapterState
+from ..adapters.sharding import scatter, trains_shards
+from ..adapters.states import AdapterState, heads_of
+from ..adapters.switches import keep_heads_before
 from ..config import Task
 from ..methods.base import Method
 from ..methods.build import build_method
@@ -51,6 +52,8 @@ def put_fresh_adapter(
         layers = find_layers(model, adapter)
     for layer in layers:
         torch.nn.init.zeros_(layer.lora_B)
+    if finished and not trains_shards(model):
+        keep_heads_before(model, heads_of(finished[-1]))
     return layers, record
 
 
@@ -88,7 +91,8 @@ def as_task(trainer: TrainerSurface, task: Task, checkpoints: Path) -> Iterator[
     method = build_method(dataclasses.replace(trainer.eblora_config, **rates))
     _assign(trainer, dict(zip(names, (args, task.train_dataset, evaluation, method, optimizer), strict=True)))
     try:
-        yield
+        with trainer.heads.with_task(task.name):
+            yield
     finally:
         _assign(trainer, before)
 

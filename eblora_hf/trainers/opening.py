@@ -1,19 +1,27 @@
 """Opening the published sequence that a run continues, or a new one; what is refused is refused before training."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from peft import LoraConfig
 from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..published.checks import check_new_names
 from ..published.hub import check_beginning
 from ..published.identity import describe_base_model
+from ..published.index import Heads
 from ..published.loading import fetch_sequence
 from ..published.locks import one_writer
 from ..published.sequence import PublishedSequence
 from ..published.strays import check_links, check_strays
+from .adoption import read_source
+
+logger = logging.get_logger(__name__)
 
 
 def open_sequence(
@@ -24,6 +32,9 @@ def open_sequence(
     layers: list[str],
     heads: Collection[str] = (),
     *,
+    label_layer: str | None = None,
+    heads_of_tasks: Heads = "shared",
+    skips_learnt: bool = False,
     resuming: bool = False,
     token: str | None = None,
     writes: bool = True,
@@ -39,6 +50,10 @@ def open_sequence(
         tasks (`list[str]`): Names of the tasks of this run.
         layers (`list[str]`): Names of the layers that they adapt.
         heads (`Collection[str]`): The `modules_to_save`.
+        label_layer (`str`, *optional*): The layer of these heads whose size is a task's own.
+        heads_of_tasks (`str`): As in [`EBLoRAConfig`].
+        skips_learnt (`bool`, defaults to `False`): Whether tasks that the sequence has are passed over: a list of
+            tasks says what shall be learnt in the end, while one data set is a new task.
         resuming (`bool`, defaults to `False`): Whether the run goes on with what is in the folder.
         token (`str`, *optional*): For the Hub.
         writes (`bool`, defaults to `True`): Whether this process fetches and repairs.
@@ -55,7 +70,8 @@ def open_sequence(
         if writes:
             check_links(folder)
     if not exists and source is None:
-        published = PublishedSequence(folder, describe_base_model(base_model, heads))
+        identity = describe_base_model(base_model, heads, label_layer)
+        published = PublishedSequence(folder, identity, heads=heads_of_tasks)
         check_strays(folder, published.tasks, tasks[0])
         return published
     if exists and not resuming and not in_place:
@@ -83,13 +99,25 @@ def open_sequence(
     pending = [name for name in tasks if name not in published.names]
     check_strays(folder, published.tasks, (pending or tasks)[0])
     taken = set(tasks) & set(published.names)
-    if taken and not resuming:
+    if taken and not resuming and not skips_learnt:
         raise ValueError(
             f"The sequence in {folder} already has the task(s) {', '.join(sorted(taken))}: give new tasks new names "
             "(`task_name=…` or the keys of `train_dataset`)."
         )
+    if taken and not resuming:
+        logger.info(f"{folder} has the task(s) {', '.join(sorted(taken))} already: they are passed over.")
+    if not pending:
+        logger.warning(f"There is nothing to learn: the sequence in {folder} has all tasks of this run.")
     check_new_names(pending, published.names, folder)
     return published
+
+
+def config_to_continue(source: str | Path, args: TrainingArguments | None) -> LoraConfig:
+    """The configuration of an adapter like a plain one, or like that of the newest task of a sequence."""
+    found = read_source(source, getattr(args, "hub_token", None))
+    config = found.config() if isinstance(found, PublishedSequence) else copy.deepcopy(found.config)
+    config.inference_mode = False
+    return config
 
 
 def check_bases(published: PublishedSequence, method: str) -> None:

@@ -65,8 +65,7 @@ class Publisher:
         """Begins a push after a task, unless the one before still runs: the next makes up for it."""
         if not self.automatic or not self.every_task or (self._running is not None and not self._running.done()):
             return
-        so_far = PublishedSequence(sequence.folder, sequence.base_model, list(sequence.tasks), bases=sequence.bases_at)
-        self._running = self._pool.submit(self._try, so_far)
+        self._running = self._pool.submit(self._try, sequence.part(sequence.tasks))
 
     def _try(self, sequence: PublishedSequence) -> Exception | None:
         """Pushes; returns what went wrong, which is logged, so that learning goes on."""
@@ -142,6 +141,14 @@ class PublishingMixin(TrainerSurface):
     def accuracy_matrix(self) -> np.ndarray:
         """R[t][i], the accuracy on task i after learning task t; NaN where it was not measured."""
         return np.zeros((0, 0)) if self.task_callback is None else self.task_callback.accuracy_matrix()
+
+    @property
+    def root_accuracy_matrix(self) -> np.ndarray:
+        """
+        The same with the head that the root carries after each task: what plain PEFT gives. It differs where tasks
+        train `modules_to_save`; with heads="per-task" there is none for earlier tasks, and their entries are NaN.
+        """
+        return np.zeros((0, 0)) if self.task_callback is None else self.task_callback.root_accuracy_matrix()
 
     def continual_metrics(self) -> dict[str, float]:
         """MFN, MAA, LA, BWT, FWT and transfer of the accuracy matrix; empty before the first task is finished."""

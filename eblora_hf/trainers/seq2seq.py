@@ -50,6 +50,7 @@ class ContinualEBLoRASeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
         sequence: str | Path | None = None,
         task_name: str | None = None,
         push_bases: bool | str | None = None,
+        protect_data: Dataset | None = None,
     ):
         super().__init__(
             model=model,
@@ -69,4 +70,5 @@ class ContinualEBLoRASeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
             sequence=sequence,
             task_name=task_name,
             push_bases=push_bases,
+            protect_data=protect_data,
         )

@@ -1,7 +1,6 @@
 """`ContinualEBLoRASFTTrainer`: the continual trainer over TRL's `SFTTrainer`, which has to be installed."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ except ImportError as error:
     ) from error
 
 from ..config import EBLoRAConfig, TaskSequence
-from ..methods.base import Snapshot, Snapshots
 from .arguments import Processing
 from .continual import ContinualMixin
 
@@ -64,6 +62,7 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
         sequence: str | Path | None = None,
         task_name: str | None = None,
         push_bases: bool | str | None = None,
+        protect_data: Dataset | None = None,
     ):
         if isinstance(model, str):
             model, args = _load(model, args, quantization_config)
@@ -88,14 +87,11 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
             sequence=sequence,
             task_name=task_name,
             push_bases=push_bases,
+            protect_data=protect_data,
         )
-        if self.tasks is not None and not self._skip_prepare_dataset:
-            self.tasks = self._prepared(self.tasks)
 
-    def _prepared(self, tasks: TaskSequence) -> TaskSequence:
-        """The tasks with their data as SFTTrainer prepares it; the first one's is prepared already."""
-        first, *others = tasks
-        if self.args.completion_only_loss is None:  # SFTTrainer has decided it by the first
+    def prepared(self, tasks: TaskSequence) -> TaskSequence:
+        if self.args.completion_only_loss is None:  # SFTTrainer has decided it by the first task
             columns = {task.name: getattr(task.train_dataset, "column_names", ()) for task in tasks}
             completions = {name: "completion" in names for name, names in columns.items()}
             if len(set(completions.values())) > 1:
@@ -104,33 +100,7 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
                     "completions and the others have not, so that their losses are of other tokens. Say which with "
                     "SFTConfig(completion_only_loss=…), or bring all tasks into one format."
                 )
-        prepared = [dataclasses.replace(first, train_dataset=self.train_dataset)]
-        for task in others:
-            dataset = self._prepare_dataset(
-                task.train_dataset,
-                self.processing_class,
-                self.args,
-                self.args.packing,
-                self._formatting_func,
-                task.name,
-            )
-            prepared.append(dataclasses.replace(task, train_dataset=dataset))
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {first.name: self.eval_dataset}
-        return TaskSequence(
-            [
-                dataclasses.replace(task, eval_dataset=task.eval_dataset and sets.get(task.name, task.eval_dataset))
-                for task in prepared
-            ]
-        )
-
-    _metrics: Any  # SFTTrainer's running sums for the log
-
-    def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> Snapshots:
-        metrics = copy.deepcopy(self._metrics)
-        try:
-            return super().snapshot(dataset, seed, of)
-        finally:
-            self._metrics = metrics  # the loss function logs what a snapshot is no part of
+        return super().prepared(tasks)
 
 
 def _load(

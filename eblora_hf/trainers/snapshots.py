@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapters.layers import AdaptedLayer
+from ..adapters.switches import pretrained
 from ..config import EBLoRAConfig
 from ..memory.accumulators import Storage
 from ..memory.gradients import mean_gradients, share_batches, snapshot_indices
@@ -63,9 +64,9 @@ def take_snapshot(
     indices = snapshot_indices(samples, config.snapshot_fraction, None if even else seed)
     shares = share_batches(indices, batch_size, process_index, world_size)
     inputs = zip(load([batch for batch, _ in shares]), (weight for _, weight in shares), strict=True)
-    pretrained = model.disable_adapter if config.snapshot_at == "pretrained" else contextlib.nullcontext
+    at = pretrained(model) if config.snapshot_at == "pretrained" else contextlib.nullcontext()
     storage = Storage(config.snapshot_offload, config.snapshot_sketch)
-    with _without_dropout(model), pretrained():
+    with _without_dropout(model), at:
         return _COLLECTORS[of](model, layers, inputs, loss, storage)
 
 

@@ -9,6 +9,7 @@ from ..config import EBLoRAConfig, TaskSequence
 from ..manifold.step_hooks import StepHooks
 from ..methods.base import Method
 from .callback import TaskSequenceCallback
+from .heads import TaskHeads
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -24,6 +25,7 @@ class TrainerSurface(Trainer):
         model (`PeftModel`): The model, with the adapter that is trained.
         args (`TrainingArguments`): The arguments, whose fields are set once they are built.
         eblora_config ([`EBLoRAConfig`]): The options.
+        heads ([`TaskHeads`]): The head of every task.
         method ([`Method`]): What constrains the steps, if anything.
         adapter (`str`): Name of the adapter that is trained.
         layers (`list[AdaptedLayer]`): The layers whose adapter is trained.
@@ -40,12 +42,18 @@ class TrainerSurface(Trainer):
     optimizer: Any
     eblora_config: EBLoRAConfig
     method: Method
+    heads: TaskHeads
     adapter: str
     layers: list[AdaptedLayer]
     tasks: TaskSequence | None
     constraint: StepHooks | None = None
     task_callback: TaskSequenceCallback | None = None
+    begun_task = False  # a task is on the model, being learnt
     resumes_trained = False  # from a checkpoint of a task whose training had ended
+
+    def set_trainable(self) -> None:
+        """Sets which parameters of the adapter are trained."""
+        raise NotImplementedError
 
     @property
     def begun(self) -> TaskSequenceCallback:

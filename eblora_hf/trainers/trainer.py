@@ -61,6 +61,7 @@ class ContinualEBLoRATrainer(ContinualMixin, Trainer):
         sequence: str | Path | None = None,
         task_name: str | None = None,
         push_bases: bool | str | None = None,
+        protect_data: Dataset | None = None,
     ):
         super().__init__(
             model=model,
@@ -81,4 +82,5 @@ class ContinualEBLoRATrainer(ContinualMixin, Trainer):
             sequence=sequence,
             task_name=task_name,
             push_bases=push_bases,
+            protect_data=protect_data,
         )

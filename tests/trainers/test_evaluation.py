@@ -8,6 +8,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_callback import CallbackHandler
 
 from eblora_hf.trainers.evaluation import (
+    Measured,
     metric_row,
     sets_to_measure,
     warn_of_missing_sets,
@@ -38,7 +39,7 @@ def test_a_row_has_the_finite_numbers_of_one_metric(caplog):
         yield
 
     evaluate = measures(accuracy={"a": 0.5, "b": math.nan, "c": 0.25})
-    assert metric_row(dict.fromkeys("abc"), evaluate, None, head_of) == ("accuracy", {"a": 0.5, "c": 0.25})
+    assert metric_row(dict.fromkeys("abc"), evaluate, None, head_of) == Measured("accuracy", {"a": 0.5, "c": 0.25})
     assert heads == ["a", "b", "c"]
     assert "The accuracy of b is no finite number" in caplog.text
 
@@ -59,17 +60,17 @@ def test_a_row_has_the_finite_numbers_of_one_metric(caplog):
     ],
 )
 def test_which_metric_it_is(caplog, metrics, wanted, chosen):
-    metric, row = metric_row({"a": None}, measures(**metrics), wanted)
-    assert (metric, row) == (chosen, {"a": metrics.get(chosen, 1.5)})
+    measured = metric_row({"a": None}, measures(**metrics), wanted)
+    assert measured == Measured(chosen, {"a": metrics.get(chosen, 1.5)})
     assert not caplog.text
 
 
 def test_what_cannot_be_told_is_said(caplog):
-    assert metric_row({"a": None}, measures(f1=0.4, em=0.3), None) == ("loss", {"a": 1.5})
+    assert metric_row({"a": None}, measures(f1=0.4, em=0.3), None) == Measured("loss", {"a": 1.5})
     assert "Evaluation returns em, f1, and none of them is called 'accuracy': the matrix is of the loss" in caplog.text
-    assert metric_row({"a": None}, measures(accuracy=0.5), "f1") == ("accuracy", {"a": 0.5})
+    assert metric_row({"a": None}, measures(accuracy=0.5), "f1") == Measured("accuracy", {"a": 0.5})
     assert "metric_for_best_model='f1' is not among what evaluation returns" in caplog.text
-    assert metric_row({}, measures(), "f1") == (None, {})
+    assert metric_row({}, measures(), "f1") == Measured(None, {})
 
 
 @pytest.mark.parametrize("value", [None, "good", [1, 2]])

@@ -1,0 +1,105 @@
+"""The sequence that a run begins with: the one in its folder, one from elsewhere, a plain LoRA adapter, or none."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.earlier_tasks import EarlierTasks
+from ..config import Task
+from ..memory.basis import BasisExtension
+from ..published.plain_lora import Adapter
+from ..published.sequence import PublishedSequence
+from .adoption import check_adoptable, name_of, read_plain, snapshots_of_update
+from .callback import TaskSequenceCallback
+from .constrained import ConstrainedMixin
+from .opening import check_bases, open_sequence
+from .preparing import PreparingMixin
+from .processes import spread_over_processes, together
+from .replay import ReplayingMixin
+
+
+class BeginningMixin(PreparingMixin, ReplayingMixin, ConstrainedMixin):
+    """
+    Opens the sequence that a run goes on from.
+
+    Attributes:
+        source (`str` or `Path`, *optional*): What `sequence=` was given.
+        protect_data (*optional*): Data of an adapter that becomes the first task.
+        skips_learnt (`bool`): Whether tasks that the sequence has are passed over.
+    """
+
+    earlier_tasks: EarlierTasks
+    source: str | Path | None
+    protect_data: Any
+    skips_learnt: bool
+
+    def begin_sequence(self, tasks: list[str], resuming: bool) -> None:
+        """Opens the sequence for these tasks, and reads its bases."""
+        with together("reading what `sequence=` names"):
+            plain = None if self.source is None else read_plain(self.source, self.args.hub_token)
+        published = open_sequence(
+            Path(self.args.output_dir),
+            None if plain is not None else self.source,
+            self.model.get_base_model(),
+            tasks,
+            [layer.name for layer in self.layers],
+            self.heads.declared,
+            label_layer=self.heads.layer,
+            heads_of_tasks=self.heads.mode,
+            skips_learnt=self.skips_learnt,
+            resuming=resuming,
+            token=self.args.hub_token,
+            writes=self.is_world_process_zero(),
+            together=together,
+        )
+        if plain is not None and not published.tasks:
+            published = self._adopt(plain, published, tasks)
+        self.heads.go_on_from(published)
+        if self.method.remembers:
+            check_bases(published, self.eblora_config.method)
+        self.remove_callback(TaskSequenceCallback)
+        keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)
+        self.task_callback = TaskSequenceCallback(published, keeps_bases, dtype)
+        self.add_callback(self.task_callback)
+
+    def _adopt(self, adapter: Adapter, published: PublishedSequence, tasks: list[str]) -> PublishedSequence:
+        """The new sequence with a plain LoRA adapter as its first task."""
+        name = name_of(adapter)
+        name = name if name not in tasks else f"{name}-before"
+        check_adoptable(adapter, self.model.get_base_model(), self.layers, self.heads.declared, published.folder)
+        labels = list(self.model.get_base_model().config.id2label.values()) if self.heads.own else None
+        extensions = self._basis_of(adapter)
+        with together("writing the first task"):
+            if self.args.should_save:
+                published.append(
+                    name,
+                    adapter.state,
+                    adapter.config,
+                    None if self.method.remembers is None else extensions,
+                    steps=0,
+                    metrics={},
+                    training={
+                        "eblora_config": {"method": "lora"},
+                        "basis_of": "the adapter" if self.protect_data is None else "data",
+                    },
+                    labels=labels,
+                )
+        return PublishedSequence.open(published.folder)
+
+    def _basis_of(self, adapter: Adapter) -> dict[str, BasisExtension]:
+        """What an adapter adds to the bases: by its data at the weights with it, or by the adapter alone."""
+        of = self.method.remembers
+        if of is None:
+            return {}
+        if self.protect_data is None:
+            snapshots = snapshots_of_update(adapter, self.layers, of)
+        else:
+            data = self.prepared_alone(Task("protected", self.protect_data))
+            self.plan_training()
+            self.earlier_tasks.put(self.model, self.layers, adapter.state)
+            try:
+                snapshots = self.snapshot(data, self.args.seed, of)
+            finally:
+                self.earlier_tasks.take_off(self.model)
+        return spread_over_processes(lambda share: self.method.end_task(share, snapshots, {}), self.layers)
