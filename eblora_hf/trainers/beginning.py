@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..adapters.earlier_tasks import EarlierTasks
 from ..config import Task
@@ -17,6 +18,8 @@ from .opening import check_bases, open_sequence
 from .preparing import PreparingMixin
 from .processes import spread_over_processes, together
 from .replay import ReplayingMixin
+
+logger = logging.get_logger(__name__)
 
 
 class BeginningMixin(PreparingMixin, ReplayingMixin, ConstrainedMixin):
@@ -93,6 +96,11 @@ class BeginningMixin(PreparingMixin, ReplayingMixin, ConstrainedMixin):
         if of is None:
             return {}
         if self.protect_data is None:
+            logger.warning(
+                f"The basis of {adapter.source} is taken from the adapter alone, which hardly protects it: where it "
+                "was measured, no more was left of its task than without any basis. Pass a sample of the data that it "
+                "was trained on as `protect_data=`."
+            )
             snapshots = snapshots_of_update(adapter, self.layers, of)
         else:
             data = self.prepared_alone(Task("protected", self.protect_data))
