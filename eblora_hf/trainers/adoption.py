@@ -58,7 +58,7 @@ def name_of(adapter: Adapter) -> str:
 
 
 def check_adoptable(
-    adapter: Adapter, base_model: nn.Module, layers: list[AdaptedLayer], heads: Collection[str], folder: Path
+    adapter: Adapter, base_model: nn.Module, layers: list[AdaptedLayer], heads: Collection[str]
 ) -> None:
     """
     Raises if an adapter cannot be the first task of a run.
@@ -68,16 +68,10 @@ def check_adoptable(
         base_model (`nn.Module`): The model of the run.
         layers (`list[AdaptedLayer]`): The layers that the run adapts.
         heads (collection of `str`): The `modules_to_save` of the run.
-        folder (`Path`): Where the new sequence will be.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    if Path(adapter.source).resolve() == folder.resolve():
-        raise ValueError(
-            f"{folder} holds the adapter that is to be the first task, and the new sequence would replace it. Choose "
-            "another `output_dir`."
-        )
     check_fits(adapter.state, adapter.config.modules_to_save or [], base_model, adapter.source)
     different = sorted(factors_of(adapter.state, "lora_A").keys() ^ {layer.name for layer in layers})
     if different:

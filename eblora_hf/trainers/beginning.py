@@ -70,7 +70,7 @@ class BeginningMixin(PreparingMixin, ReplayingMixin, ConstrainedMixin):
         """The new sequence with a plain LoRA adapter as its first task."""
         name = name_of(adapter)
         name = name if name not in tasks else f"{name}-before"
-        check_adoptable(adapter, self.model.get_base_model(), self.layers, self.heads.declared, published.folder)
+        check_adoptable(adapter, self.model.get_base_model(), self.layers, self.heads.declared)
         labels = list(self.model.get_base_model().config.id2label.values()) if self.heads.own else None
         extensions = self._basis_of(adapter)
         with together("writing the first task"):
