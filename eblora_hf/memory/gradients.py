@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..adapters.layers import AdaptedLayer
-from ..adapters.sharding import trains_shards
 from .accumulators import Storage
 from .sketch import Sketch
 
@@ -200,17 +199,22 @@ def all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Within the context no parameter gets a gradient, or none that stays; they keep those they had."""
+    """
+    Within the context no parameter gets a gradient that stays; they keep those they had.
+
+    They are trainable or not as in training: a user's loss may ask, and FSDP2 decides by it in its first forward pass.
+    Only those whose optimizer steps inside the backward pass are frozen.
+    """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
-    keep_flags = trains_shards(model)  # FSDP2 decides in the first forward pass which parameters are trained
     try:
-        if not keep_flags:
-            model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.grad = None
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                parameter.requires_grad_(False)
         yield
     finally:
         for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
-            if not keep_flags:
-                parameter.requires_grad_(flag)
+            parameter.requires_grad_(flag)
             parameter.grad = gradient

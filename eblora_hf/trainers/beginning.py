@@ -17,12 +17,11 @@ from .constrained import ConstrainedMixin
 from .opening import check_bases, open_sequence
 from .preparing import PreparingMixin
 from .processes import spread_over_processes, together
-from .replay import ReplayingMixin
 
 logger = logging.get_logger(__name__)
 
 
-class BeginningMixin(PreparingMixin, ReplayingMixin, ConstrainedMixin):
+class BeginningMixin(PreparingMixin, ConstrainedMixin):
     """
     Opens the sequence that a run goes on from.
 
@@ -110,4 +109,5 @@ class BeginningMixin(PreparingMixin, ReplayingMixin, ConstrainedMixin):
                 snapshots = self.snapshot(data, self.args.seed, of)
             finally:
                 self.earlier_tasks.take_off(self.model)
+                self.forget_plan()
         return spread_over_processes(lambda share: self.method.end_task(share, snapshots, {}), self.layers)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -23,16 +22,19 @@ from ..published.checks import check_finite
 from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
 from .fsdp import ShardedMixin
 from .measuring import MeasuringMixin
+from .replay import ReplayingMixin
 from .snapshots import take_snapshot
 
 _NEVER = 2**62  # a step that no training reaches
 
 
-class ConstrainedMixin(MeasuringMixin, ShardedMixin):
+class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
     """
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
     allows.
     """
+
+    _stands_in = False  # optimizer and scheduler are those of a plan
 
     def start_from(self, start: dict[str, Any]) -> None:
         """Sets what the method's constraint of the next training starts from, and lets go of the one before."""
@@ -66,13 +68,14 @@ class ConstrainedMixin(MeasuringMixin, ShardedMixin):
         """
         if of is None:
             return {}
+        loader = self._loader(dataset)
         take = find_executable_batch_size(  # as the parent's training does
             lambda batch_size: take_snapshot(
                 self.model,
                 self.layers,
                 of,
-                samples=len(dataset),
-                load=lambda batches: self._inputs(dataset, batches),
+                samples=len(loader.dataset),  # type: ignore[arg-type]
+                load=lambda batches: self._inputs(loader, batches),
                 loss=self._snapshot_loss,
                 config=self.eblora_config,
                 seed=seed,
@@ -98,8 +101,8 @@ class ConstrainedMixin(MeasuringMixin, ShardedMixin):
 
     def plan_training(self) -> None:
         """
-        Sets the state to that of the beginning of the training to come, for the snapshot before it: a loss may depend
-        on the step and the number of steps.
+        Sets the state to that of the beginning of the training to come, for the snapshot before it, and makes an
+        optimizer and a scheduler like those of training: a loss may depend on the step, the rate, what is trained.
         """
         steps = self.args.max_steps
         if steps <= 0:
@@ -107,6 +110,15 @@ class ConstrainedMixin(MeasuringMixin, ShardedMixin):
             steps_of_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
             steps = math.ceil(self.args.num_train_epochs * steps_of_epoch)
         self.state = TrainerState(max_steps=steps, num_train_epochs=math.ceil(self.args.num_train_epochs))
+        self._stands_in = self.optimizer is None and self.method.constrained and not self.is_fsdp_enabled
+        if self._stands_in:
+            super().create_optimizer()
+            super().create_scheduler(steps, self.optimizer)
+
+    def forget_plan(self) -> None:
+        """Takes away the optimizer and the scheduler of [`plan_training`]: training makes its own."""
+        if self._stands_in:
+            self.optimizer, self.lr_scheduler, self._stands_in = None, None, False
 
     def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
         # a user's loss function is promised the number of items; models take their own mean without it
@@ -116,16 +128,21 @@ class ConstrainedMixin(MeasuringMixin, ShardedMixin):
         with self.heads.learning(), self.accelerator.autocast() if bf16 else contextlib.nullcontext():
             return self.compute_loss(model, inputs, num_items_in_batch=count)
 
-    def _inputs(self, dataset: Any, batches: list[list[int]]) -> Iterator[dict]:
-        """The given batches of a data set, through the trainer's collator; accelerate would deal them out again."""
-        collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="Snapshot")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="Snapshot")
-        workers = self.args.dataloader_num_workers
-        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collator, num_workers=workers)
-        return map(self._prepare_inputs, loader)
+    def _loader(self, dataset: Any) -> DataLoader:
+        """The loader that training would use for a data set, whoever has overridden `get_train_dataloader`."""
+        before, self.train_dataset = self.train_dataset, dataset
+        try:
+            with self.without_replay():
+                return self.get_train_dataloader()
+        finally:
+            self.train_dataset = before
+
+    def _inputs(self, loader: DataLoader, batches: list[list[int]]) -> Iterator[dict]:
+        """The given batches of a loader's rows, through its collator; accelerate would deal them out again."""
+        again: DataLoader = DataLoader(
+            loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+        )
+        return map(self._prepare_inputs, again)
 
     def set_trainable(self) -> None:
         for layer in self.layers:  # whatever activated the adapter made all of it trainable

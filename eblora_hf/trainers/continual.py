@@ -260,6 +260,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             set_seed(seed)
             draw_lora_A(self.layers)
             self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
+            self.forget_plan()
         else:
             self.resume_from(checkpoint)
         check_same_everywhere(self.start_tensors())

@@ -24,8 +24,19 @@ _FOLDER = "replay"  # beside the sequence; nothing in it is ever pushed
 class ReplayingMixin(TrainerSurface):
     """Overrides the loader of the training set, which gets rows of earlier tasks where the options say so."""
 
+    _replays = True
+
+    @contextlib.contextmanager
+    def without_replay(self) -> Iterator[None]:
+        """Within the context a loader has the rows of its own data set alone."""
+        self._replays = False
+        try:
+            yield
+        finally:
+            self._replays = True
+
     def get_train_dataloader(self) -> DataLoader:
-        rows = self._rows_of_earlier_tasks()
+        rows = self._rows_of_earlier_tasks() if self._replays else []
         if not rows:
             return super().get_train_dataloader()
         before = self.train_dataset, self.data_collator

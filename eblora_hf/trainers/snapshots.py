@@ -75,10 +75,18 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     """Within the context the model is in evaluation mode, but for activation checkpointing."""
     training = model.training
     model.eval()
+    rates: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # the module itself, not its children: it checkpoints in training mode alone
+            # some drop by themselves then: `nn.functional.dropout(p=self.dropout, training=self.training)`, layers
+            own = [(name, value) for name, value in vars(module).items() if "drop" in name and type(value) is float]
+            rates += [(module, name, value) for name, value in own]
     try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
         yield
     finally:
+        for module, name, rate in rates:
+            setattr(module, name, rate)
         model.train(training)
