@@ -245,8 +245,8 @@ def check_gradient(gradient: torch.Tensor, name: str) -> torch.Tensor:
         )
     if not gradient.any():
         raise ValueError(
-            f"{name}: all zero, so it spans no subspace. Is the layer used by the loss? If not, leave it out of "
-            "`target_modules`."
+            f"{name}: all zero, so it spans no subspace. Are all labels ignored (-100)? Is the layer used by the "
+            "loss? If not, leave it out of `target_modules`."
         )
     return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 

@@ -115,9 +115,8 @@ def check_same_model(expected: BaseModelIdentity, model: nn.Module, whose: str) 
     described = describe_base_model(model, expected.get("heads", ()), expected.get("label_layer"))
     if described["fingerprint"] != expected["fingerprint"]:
         raise ValueError(
-            f"{whose} was learnt on {expected['name_or_path']!r} ({expected['architecture']}), whose weights have "
-            f"other names or shapes than those of {described['name_or_path']!r} ({described['architecture']}). Load "
-            "the base model it was learnt on."
+            f"{whose} was learnt on {_named(expected)}, whose weights have other names or shapes than those of "
+            f"{_named(described)}. Load the base model it was learnt on."
         )
     if described["weights"] is None or expected["weights"] is None:
         logger.warning(
@@ -125,7 +124,13 @@ def check_same_model(expected: BaseModelIdentity, model: nn.Module, whose: str) 
         )
     elif described["weights"] != expected["weights"]:
         raise ValueError(
-            f"{whose} was learnt on {expected['name_or_path']!r}, whose weights have other values than those of "
-            f"{described['name_or_path']!r}: its updates mean nothing on them. Load the base model it was learnt on; "
+            f"{whose} was learnt on {_named(expected)}, whose weights have other values than those of "
+            f"{_named(described)}: its updates mean nothing on them. Load the base model it was learnt on; "
             "if a part of it was initialised at random, save it first and load it again."
         )
+
+
+def _named(identity: BaseModelIdentity) -> str:
+    labels = identity["num_labels"]
+    kind = identity["architecture"] + (f" with {labels} labels" if labels is not None else "")
+    return f"{identity['name_or_path']!r} ({kind})" if identity["name_or_path"] else f"a local {kind}"

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.utils import logging
@@ -57,7 +58,12 @@ def fetch_sequence(
     api, revision = HubApi(token=token), revision or at or "main"
     try:
         sequence = _download(api, repo_id, revision)
+    except RepositoryNotFoundError as error:
+        raise NoSequenceError(
+            f"{source} is neither a folder nor a repository on the Hub that you can read."
+        ) from error
     except Exception as error:
+        error.add_note(f"{source} is no folder here, so it was looked for on the Hub.")
         if not is_unanswered(error):
             raise
         sequence = _cached(repo_id, revision, error)

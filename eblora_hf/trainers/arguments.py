@@ -122,6 +122,11 @@ def with_adapter(model: Any, peft_config: LoraConfig | None, *, own_heads: bool 
     Raises:
         ValueError: if there is no adapter, or no single one, or a head was drawn at random and would not be published.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "The model is compiled, and its LoRA layers change between tasks. Pass it as it was before "
+            "`torch.compile`, and TrainingArguments(torch_compile=True)."
+        )
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"ContinualEBLoRATrainer needs a `model`, got {model!r}. Load it first, with `from_pretrained` for "
@@ -254,6 +259,11 @@ def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence
         )
     if isinstance(train, (list, tuple)) and train and all(isinstance(task, Task) for task in train):
         train = TaskSequence(list(train))
+    if isinstance(train, (list, tuple)) and train and hasattr(train[0], "__len__") and not _is_row(train[0]):
+        raise ValueError(
+            f"train_dataset is a {type(train).__name__} of {len(train)} {type(train[0]).__name__} objects. Give tasks "
+            "names: {'first': data, 'second': more}, or a list of Task(name, data)."
+        )
     several = isinstance(train, (Mapping, TaskSequence))
     if several and len(train) > 1 and (arguments.get("optimizers") or (None, None))[0] is not None:
         raise ValueError(
@@ -299,3 +309,8 @@ def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence
     if evaluation is not None:
         arguments["eval_dataset"] = evaluation
     return tasks
+
+
+def _is_row(item: Any) -> bool:
+    """Whether an item of a list is a row of one data set, and no data set itself."""
+    return isinstance(item, (Mapping, str, tuple, list, torch.Tensor))

@@ -121,8 +121,11 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
             self.optimizer, self.lr_scheduler, self._stands_in = None, None, False
 
     def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
-        # a user's loss function is promised the number of items; models take their own mean without it
-        count = self._get_num_items_in_batch([inputs], self.args.device) if self.compute_loss_func else None
+        # a user's loss function is promised the number of items; models take their own mean without it, which no
+        # batch has whose labels are all ignored
+        count: Any = self._get_num_items_in_batch([inputs], self.args.device)
+        if not self.compute_loss_func:
+            count = None if count is None or count > 0 else 1
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         bf16 = self.accelerator.mixed_precision == "bf16"
         with self.heads.learning(), self.accelerator.autocast() if bf16 else contextlib.nullcontext():

@@ -35,6 +35,7 @@ class PreparingMixin(TrainerSurface):
                 f"{first.name!r}, but not by a method `_prepare_dataset(dataset, ...)` that could be called for "
                 f"{', '.join(task.name for task in others)}. Give it such a method, or prepare the data beforehand."
             )
+        self._check_columns(tasks)
         done = [dataclasses.replace(first, train_dataset=self.train_dataset)]
         done += [dataclasses.replace(task, train_dataset=self.prepared_alone(task)) for task in others]
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {first.name: self.eval_dataset}
@@ -44,6 +45,19 @@ class PreparingMixin(TrainerSurface):
                 for task in done
             ]
         )
+
+    def _check_columns(self, tasks: TaskSequence) -> None:
+        """Raises a `ValueError` for a task of whose columns the model takes none, before another one is learnt."""
+        self._set_signature_columns_if_needed()
+        for task in tasks if self._how is None and self.args.remove_unused_columns else ():
+            columns = getattr(task.train_dataset, "column_names", None)
+            taken: list[str] = self._signature_columns or []
+            if isinstance(columns, list) and taken and not set(columns) & set(taken):
+                raise ValueError(
+                    f"The task {task.name!r} has the columns {', '.join(columns)}, but the model takes "
+                    f"{', '.join(taken)}: all tasks of a sequence are inputs of one model. Prepare "
+                    "its data, or pass TrainingArguments(remove_unused_columns=False) if a collator does."
+                )
 
     def prepared_alone(self, task: Task) -> Any:
         """The training set of a task as the parent's constructor would have prepared it."""

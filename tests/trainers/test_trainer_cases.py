@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -447,3 +447,50 @@ def test_an_error_in_a_snapshot_says_so(tmp_path):
     with pytest.raises(KeyError) as caught:
         make_trainer(tmp_path, cls=Fails).train()
     assert "while a snapshot of the task was taken" in caught.value.__notes__[0]
+
+
+# ---- messages ----
+
+
+def test_a_list_of_data_sets_has_no_names(tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset is a list of 2 Dataset objects\. Give tasks names"):
+        make_trainer(tmp_path, train_dataset=[make_text_data("bert"), make_text_data("bert", seed=1)])
+    rows = list(make_text_data("bert"))
+    assert len(make_trainer(tmp_path, train_dataset=rows).tasks.tasks[0].train_dataset) == len(rows)
+
+
+def test_a_compiled_model_is_refused_with_the_argument_to_use(tmp_path):
+    with pytest.raises(ValueError, match=r"before `torch\.compile`, and TrainingArguments\(torch_compile=True\)"):
+        make_trainer(tmp_path, model=torch.compile(make_model("bert")))
+
+
+def test_a_task_of_another_kind_of_input_is_named_before_the_first_is_learnt(tmp_path):
+    pictures = Dataset.from_dict({"pixel_values": [[1.0, 2.0]] * 4})
+    with pytest.raises(ValueError, match=r"'two' has the columns pixel_values, but the model takes .*input_ids"):
+        make_trainer(tmp_path, train_dataset={"one": make_text_data("bert"), "two": pictures})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+def test_rows_whose_labels_are_all_ignored(tmp_path, share):
+    """Batches of such rows alone have no mean loss."""
+    data = make_text_data("llama", size=40)
+    kept = round(40 * (1 - share))
+    labels = [row.tolist() if i < kept else [-100] * len(row) for i, row in enumerate(data["labels"])]
+    data = data.remove_columns("labels").add_column("labels", labels).with_format("torch")
+    trainer = make_trainer(tmp_path, "llama", train_dataset=data, per_device_train_batch_size=2)
+    if kept:
+        trainer.train()
+        assert all(torch.isfinite(x).all() for x in load_published(tmp_path)["root"].values())
+    else:
+        with pytest.raises(ValueError, match=r"all zero.*ignored"):
+            trainer.train()
+
+
+def test_a_base_model_is_described_by_what_differs(tmp_path):
+    make_trainer(tmp_path).train()
+    config = make_model("bert").config
+    config.num_labels = 5
+    other = type(make_model("bert"))(config)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification with 3 labels, .* with 5 labels"):
+        make_trainer(tmp_path, model=other, tasks=("three",), sequence=tmp_path).train()
