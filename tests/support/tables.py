@@ -9,8 +9,8 @@ from .contract import PRECISIONS
 
 PATH = Path(__file__).parents[2] / "docs" / "support.md"
 COMMAND = (
-    "bash scripts/test.sh tests/trainers/test_support.py tests/manifold/test_optimizers.py "
-    "tests/trainers/test_features.py -m 'slow or not slow' --write-support"
+    "bash scripts/test.sh tests/trainers/test_support.py tests/trainers/test_support_tasks.py "
+    "tests/manifold/test_optimizers.py tests/trainers/test_features.py -m 'slow or not slow' --write-support"
 )
 WORKS = "works"
 TABLES = {
@@ -19,6 +19,8 @@ TABLES = {
     "FSDP2": "FSDP2",
     "FSDP1": "FSDP1",
     "DeepSpeed": "DeepSpeed, any stage",
+    "preferences": "Preferences and rewards (one process)",
+    "heads": "Heads (one process)",
     "optimizers": "Optimizers",
     "features": "Features of the trainers",
     "packing": "Packing (SFTTrainer)",
