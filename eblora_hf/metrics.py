@@ -1,8 +1,8 @@
 """Continual-learning metrics of an accuracy matrix R, where R[t][i] is the accuracy on task i after learning task t.
 
 Rows and columns are in the order the tasks were learnt. Accuracies may be fractions or percentages: every metric is in
-the unit of the matrix. A metric without a defined value (BWT of a single task, say) is NaN; so is one that needs a
-missing entry.
+the unit of the matrix. Entries that were not measured are NaN: means are over the others, and `unmeasured` says which
+tasks they leave out. A metric without a defined value (BWT of a single task, say) is NaN.
 """
 
 import datasets
@@ -82,6 +82,23 @@ def accuracy_matrix(names: list[str], rows: list[dict[str, float]]) -> np.ndarra
     )
 
 
+def unmeasured(names: list[str], matrix) -> list[str]:
+    """
+    The tasks that were not measured each time from when they were learnt on, so that means leave out some of it.
+
+    Args:
+        names (`list[str]`): The T tasks.
+        matrix (array-like of shape `(T, T)`): R[t][i], the accuracy on task i after learning task t.
+
+    Example:
+
+    >>> unmeasured(["a", "b"], [[float("nan"), float("nan")], [0.7, 0.8]])
+    ['a']
+    """
+    matrix = _check(matrix)
+    return [name for index, name in enumerate(names) if np.isnan(matrix[index:, index]).any()]
+
+
 def continual_metrics(matrix) -> dict[str, float]:
     """
     All metrics of an accuracy matrix, by the names and formulas of `FORMULAS`.
@@ -140,4 +157,5 @@ def _check(matrix) -> np.ndarray:
 
 def _mean(values) -> float:
     values = np.asarray(values, dtype=np.float64)
-    return float(values.mean()) if values.size else float("nan")
+    measured = values[~np.isnan(values)]
+    return float(measured.mean()) if measured.size else float("nan")

@@ -22,15 +22,23 @@ def test_formulas_by_hand():
     assert set(metrics.FORMULAS) == set(metrics.continual_metrics(MATRIX))
 
 
-def test_single_task_and_missing_entries_are_nan():
+def test_means_are_over_what_was_measured():
     single = metrics.continual_metrics([[0.5]])
     assert single["MFN"] == single["MAA"] == single["LA"] == 0.5
     assert all(math.isnan(single[name]) for name in ("BWT", "FWT", "transfer"))
     missing = np.array(MATRIX)
     missing[0, 2] = float("nan")
     values = metrics.continual_metrics(missing)
-    assert math.isnan(values["FWT"])
+    assert values["FWT"] == pytest.approx((0.3 + 0.4) / 2)
     assert values["MFN"] == pytest.approx(0.6)
+    assert metrics.unmeasured(["a", "b", "c"], missing) == []
+    missing[0] = float("nan")  # as of a task that was learnt elsewhere
+    values = metrics.continual_metrics(missing)
+    assert values["LA"] == pytest.approx((0.8 + 0.7) / 2)
+    assert values["MAA"] == pytest.approx(((0.7 + 0.8) / 2 + 0.6) / 2)
+    assert values["BWT"] == pytest.approx(0.5 - 0.8)
+    assert metrics.unmeasured(["a", "b", "c"], missing) == ["a"]
+    assert all(math.isnan(value) for value in metrics.continual_metrics(np.full((3, 3), np.nan)).values())
 
 
 def test_input_is_left_alone():

@@ -9,7 +9,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..adapters.states import heads_of
-from ..metrics import FORMULAS, accuracy_matrix, continual_metrics
+from ..metrics import FORMULAS, accuracy_matrix, continual_metrics, unmeasured
 from .index import root_rows
 from .schema import TrainingRecord, as_word
 from .sequence import PublishedSequence
@@ -62,6 +62,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         heads=sequence.heads,
         metrics=[(name, f"{value:.4g}", FORMULAS[name]) for name, value in metrics.items()],
         metric=metric,
+        left_out=unmeasured(sequence.names, of),
         training=[_training_row(task.name, record) for task, record in zip(sequence.tasks, records, strict=True)],
         versions=", ".join(f"{name} {number}" for name, number in records[-1].get("versions", {}).items())
         or "not stated",

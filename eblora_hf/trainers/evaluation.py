@@ -115,8 +115,8 @@ def warn_of_missing_sets(sets: Any, tasks: list[str]) -> None:
     missing = [name for name in tasks if isinstance(sets, dict) and name not in sets]
     if missing and sets:
         logger.warning(
-            f"`eval_dataset` has no set for {', '.join(missing)}: what is left of them is not measured, and metrics "
-            "that need it are NaN."
+            f"`eval_dataset` has no set for {', '.join(missing)}: what is left of them is not measured, and means are "
+            "over the others."
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..metrics import continual_metrics
+from ..metrics import continual_metrics, unmeasured
 from ..published.card import render_card
 from ..published.files import write
 from ..published.hub import check_remote, push_sequence
@@ -153,7 +153,12 @@ class PublishingMixin(TrainerSurface):
     def continual_metrics(self) -> dict[str, float]:
         """MFN, MAA, LA, BWT, FWT and transfer of the accuracy matrix; empty before the first task is finished."""
         matrix = self.accuracy_matrix
-        return continual_metrics(matrix) if matrix.size else {}
+        if not matrix.size:
+            return {}
+        left_out = unmeasured(self.begun.sequence.names, matrix)
+        if left_out:
+            logger.warning(f"Not all of {', '.join(left_out)} was measured: means are over what was.")
+        return continual_metrics(matrix)
 
     def push_to_hub(
         self,

@@ -105,6 +105,14 @@ def test_methods_without_a_basis_take_it_too(tmp_path, plain):
     assert PublishedSequence.open(tmp_path / "out").names_without_basis() == ["my-plain-lora", "next"]
 
 
+def test_means_and_card_say_what_they_leave_out(tmp_path, plain, caplog):
+    sets = {"next": make_text_data("bert", seed=1)}
+    trainer = continues(plain, tmp_path / "out", eval_dataset=sets, compute_metrics=accuracy)
+    assert trainer.continual_metrics()["MFN"] == trainer.accuracy_matrix[1, 1]
+    assert "Not all of my-plain-lora was measured: means are over what was" in caplog.text
+    assert "which not all of my-plain-lora was" in (tmp_path / "out/README.md").read_text()
+
+
 def test_it_is_measured_without_training(tmp_path, plain):
     data = make_text_data("bert")
     trainer = ContinualEBLoRATrainer(
