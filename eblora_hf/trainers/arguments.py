@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from ..adapters.heads import find_heads, has_fresh_head
+from ..adapters.heads import find_heads, has_fresh_head, label_layer
 from ..adapters.layers import AdaptedLayer, is_quantized
 from ..adapters.leftovers import mark_wrapped, take_off_unfinished, trained_adapter, unwrapped
 from ..config import Task, TaskSequence
@@ -192,7 +192,8 @@ def _with_heads(model: nn.Module, config: LoraConfig, own_heads: bool) -> LoraCo
     if not (own_heads or has_fresh_head(model)):
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         left_out = {name.partition(".")[0] for name in excluded or ()}
-        unnamed = [head for head in unnamed if config.target_modules == "all-linear" and head not in left_out]
+        all_linear = config.target_modules == "all-linear"
+        unnamed = [head for head in unnamed if all_linear and head not in left_out and label_layer(model, [head])]
     if not unnamed:
         return config
     logger.info(f"The head {', '.join(unnamed)} is trained whole, and published with every task.")
