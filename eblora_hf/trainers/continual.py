@@ -223,6 +223,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         trained = self._leave_training(task)
         self._keep_task(task, seed, trained, self.measure(task))
         self.publish_task()
+        self.heads.go_on_from(self.begun.sequence)
         return output
 
     def _renew_adapter(self, task: Task, seed: int) -> None:
@@ -308,7 +309,6 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
                 write=self.args.should_save,
             )
             self.write_companions()
-        self.heads.go_on_from(self.begun.sequence)
         if self.args.save_strategy == SaveStrategy.NO and self.args.should_save:
             shutil.rmtree(self._checkpoint_folder(task), ignore_errors=True)  # it was kept for the case of a failure
 

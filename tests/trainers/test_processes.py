@@ -174,3 +174,24 @@ def test_models_that_differ_from_the_start(tmp_path, kind):
     else:
         assert result.returncode != 0
         assert "Do all load the same model" in result.stderr
+
+
+@pytest.mark.parametrize("heads", ["per-task", "grow"])
+def test_heads_of_the_tasks_own(tmp_path, heads):
+    """Two processes learn and measure what one does."""
+    script = str(ROOT / "tests" / "launch" / "own_heads.py")
+    for processes in (1, 2):
+        options = json.dumps({"folder": str(tmp_path / str(processes)), "heads": heads, "per_device": 8 // processes})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [*command, script, options], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+    one, two = (PublishedSequence.open(tmp_path / str(processes)) for processes in (1, 2))
+    assert one.names == two.names == ["t0", "t1", "t2"]
+    for first, second in zip(one.adapters(), two.adapters(), strict=True):
+        for key in (key for key in first if "classifier" in key):
+            torch.testing.assert_close(first[key], second[key], atol=5e-3, rtol=0)  # AdamW moves it by up to 0.04
+    for first, second in zip(one.tasks, two.tasks, strict=True):
+        assert first.metrics == pytest.approx(second.metrics, abs=0.05)
