@@ -192,8 +192,10 @@ def _with_heads(model: nn.Module, config: LoraConfig, own_heads: bool) -> LoraCo
     if not (own_heads or has_fresh_head(model)):
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         left_out = {name.partition(".")[0] for name in excluded or ()}
-        all_linear = config.target_modules == "all-linear"
-        unnamed = [head for head in unnamed if all_linear and head not in left_out and label_layer(model, [head])]
+        taken = [head for head in unnamed if head not in left_out and label_layer(model, [head])]
+        ends = tuple({*named, *taken})  # PEFT takes what ends in a head's name for a head, too: pre_classifier
+        unnamed = [head for head in unnamed if config.target_modules == "all-linear" and head.endswith(ends)]
+        unnamed = [head for head in unnamed if head not in left_out]
     if not unnamed:
         return config
     logger.info(f"The head {', '.join(unnamed)} is trained whole, and published with every task.")
