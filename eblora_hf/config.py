@@ -289,7 +289,7 @@ class Task:
             if getattr(self, name) is not None:
                 setattr(self, name, check_rate(name, getattr(self, name)))
         if self.labels is not None:
-            names = [] if isinstance(self.labels, str) else list(self.labels)
+            names = list(self.labels) if isinstance(self.labels, list | tuple) else []
             plain = all(isinstance(label, str) and 0 < len(label) <= _LABEL_LENGTH for label in names)
             if not plain or not names or len(set(names)) < len(names):
                 raise ValueError(

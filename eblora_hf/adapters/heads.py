@@ -32,6 +32,7 @@ def label_layer(base_model: nn.Module, heads: Sequence[str]) -> str | None:
         heads (`list[str]`): The `modules_to_save`.
     """
     labels = getattr(getattr(base_model, "config", None), "num_labels", None)
+    labels = len(vars(base_model)[_LABELS][0]) if _LABELS in vars(base_model) else labels
     found = None
     for name, module in base_model.named_modules():
         name = name.replace(".original_module", "")

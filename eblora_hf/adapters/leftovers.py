@@ -30,7 +30,7 @@ def unwrapped(base_model: nn.Module) -> nn.Module:
         ValueError: if it has LoRA layers that no trainer of ours has put there.
     """
     found = [(name, module) for name, module in base_model.named_modules() if isinstance(module, LoraLayer)]
-    if not found:
+    if not found and _WRAPPED not in vars(base_model):
         return base_model
     if _WRAPPED not in vars(base_model):
         raise ValueError(

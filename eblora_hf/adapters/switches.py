@@ -20,6 +20,7 @@ from .heads import load_heads, wrapped_heads
 from .layers import AdaptedLayer
 from .states import AdapterState
 
+_WITHIN = "_eblora_within"  # on a PeftModel: how many of the contexts below it is in
 _HEAD_BEFORE = "head_before_the_task"  # beside the trained one in each wrapper of a head
 
 
@@ -32,7 +33,7 @@ def hold_switches(model: PeftModel, adapter: str) -> None:
 
 def free_switches(model: PeftModel) -> None:
     """Gives PEFT's own methods back."""
-    for name in ("disable_adapter", "set_adapter"):
+    for name in ("disable_adapter", "set_adapter", _WITHIN):
         vars(model).pop(name, None)
     keep_heads_before(model, {})
 
@@ -74,9 +75,12 @@ def _as_it_was(model: PeftModel) -> Iterator[None]:
     """Leaves which adapters act, and which parameters are trained, as they were; PEFT trains all that is active."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [(module, list(module.active_adapters), module.disable_adapters) for module in _switchable(model)]
+    within = vars(model).get(_WITHIN, 0)
+    vars(model)[_WITHIN] = within + 1
     try:
         yield
     finally:
+        vars(model)[_WITHIN] = within
         for module, active, disabled in before:
             module.enable_adapters(not disabled)
             module.set_adapter(active if isinstance(module, BaseTunerLayer) or not active else active[0])
@@ -96,8 +100,14 @@ def acts(model: PeftModel, layers: list[AdaptedLayer]) -> bool:
     return True
 
 
+def is_switched_by_us(model: PeftModel) -> bool:
+    """Whether the model is within [`before_task`] or [`pretrained`]."""
+    return vars(model).get(_WITHIN, 0) > 0
+
+
 def switch_back(model: PeftModel, adapter: str) -> None:
     """Makes the adapter active and trained again, with the frozen earlier tasks beside it."""
+    vars(model).pop(_WITHIN, None)  # of a context that nobody has left
     for module in _switchable(model):
         module.enable_adapters(True)
     activate(model, adapter)

@@ -41,6 +41,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
     matrix = accuracy_matrix(sequence.names, root_rows(sequence.tasks, sequence.heads))
     own = accuracy_matrix(sequence.names, [task.metrics for task in sequence.tasks])
     measured = not math.isnan(matrix[-1][-1])
+    differs = sequence.heads == "per-task" or not np.array_equal(own, matrix, equal_nan=True)
     of = own if sequence.heads == "per-task" else matrix
     metrics = {name: value for name, value in continual_metrics(of).items() if not math.isnan(value)}
     records = sequence.training()
@@ -57,7 +58,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         loading=loading_code(sequence, repo_id),
         has_heads=bool(heads_of(sequence.adapters([sequence.names[-1]])[0])),
         matrix=_cells(matrix) if measured and sequence.heads != "per-task" else None,
-        own_matrix=_cells(own) if measured and not np.array_equal(own, matrix, equal_nan=True) else None,
+        own_matrix=_cells(own) if measured and differs else None,
         labels=[", ".join(map(as_word, task.labels or [])) for task in sequence.tasks],
         heads=sequence.heads,
         metrics=[(name, f"{value:.4g}", FORMULAS[name]) for name, value in metrics.items()],
@@ -88,6 +89,7 @@ def loading_code(sequence: PublishedSequence, repo_id: str) -> str:
     options = f", revision={base['revision']!r}" if base["revision"] else ""
     labels = base["num_labels"] if sequence.heads == "shared" else len(sequence.labels_of_head(sequence.names[-1]))
     options += f", num_labels={labels}" if labels else ""
+    options += ", ignore_mismatched_sizes=True" if sequence.heads != "shared" else ""
     return "\n".join(
         [
             "from peft import PeftModel",

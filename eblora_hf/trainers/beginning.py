@@ -1,5 +1,6 @@
 """The sequence that a run begins with: the one in its folder, one from elsewhere, a plain LoRA adapter, or none."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
         """Opens the sequence for these tasks, and reads its bases."""
         with together("reading what `sequence=` names"):
             plain = None if self.source is None else read_plain(self.source, self.args.hub_token)
+        if self.protect_data is not None and plain is None:
+            raise ValueError(
+                "`protect_data` is for a plain LoRA adapter that becomes the first task, but `sequence` names "
+                f"{'a sequence' if self.source is not None else 'nothing'}: leave it out."
+            )
         published = open_sequence(
             Path(self.args.output_dir),
             None if plain is not None else self.source,
@@ -67,8 +73,9 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
 
     def _adopt(self, adapter: Adapter, published: PublishedSequence, tasks: list[str]) -> PublishedSequence:
         """The new sequence with a plain LoRA adapter as its first task."""
-        name = name_of(adapter)
-        name = name if name not in tasks else f"{name}-before"
+        name, taken = name_of(adapter), {task.lower() for task in tasks}
+        while name.lower() in taken:
+            name = f"{name[:57]}-before"
         check_adoptable(adapter, self.model.get_base_model(), self.layers, self.heads.declared)
         labels = list(self.model.get_base_model().config.id2label.values()) if self.heads.own else None
         extensions = self._basis_of(adapter)
@@ -102,6 +109,10 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
             )
             snapshots = snapshots_of_update(adapter, self.layers, of)
         else:
+            if not hasattr(self.protect_data, "__getitem__") or isinstance(self.protect_data, str | Mapping):
+                raise ValueError(f"`protect_data` must be a data set, got {self.protect_data!r:.100}.")
+            if not len(self.protect_data):
+                raise ValueError("`protect_data` is empty: pass a sample of what the adapter was trained on.")
             data = self.prepared_alone(Task("protected", self.protect_data))
             self.plan_training()
             self.earlier_tasks.put(self.model, self.layers, adapter.state)

@@ -166,6 +166,12 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
                     f"trainer does not know the parameters that the method {self.eblora_config.method!r} trains: pass "
                     "`optimizer_cls_and_kwargs` instead of `optimizers`."
                 )
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and ".modules_to_save." in name and id(parameter) not in held:
+                raise ValueError(
+                    f"The optimizer does not hold {name}, so it would not train: a task's head is made when the task "
+                    "begins. Pass `optimizer_cls_and_kwargs` instead of `optimizers`."
+                )
         self.heads.hold(optimizer)
         return optimizer
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
@@ -15,7 +16,7 @@ from ..adapters.composition import concatenate, folded_adapter, replace_adapter
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.factors import Factors
 from ..adapters.layers import find_layers, keep_differentiable
-from ..adapters.leftovers import begin_run, end_run
+from ..adapters.leftovers import begin_run, end_run, unwrapped
 from ..adapters.switches import free_switches, hold_switches
 from ..config import EBLoRAConfig, Task, TaskSequence
 from ..manifold.maps import flushed_denormals, multiplies_exactly
@@ -95,6 +96,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         given = arguments.get("model")
         if sequence is not None and peft_config is None and not isinstance(given, PeftModel):
             peft_config = config_to_continue(sequence, arguments.get("args"))
+        flags = [(p, p.requires_grad) for p in given.parameters()] if isinstance(given, torch.nn.Module) else []
         model = arguments["model"] = with_adapter(given, peft_config, own_heads=self.eblora_config.heads != "shared")
         try:
             self.adapter = model.active_adapters[0]
@@ -119,8 +121,9 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             self.check_sharding()
         except Exception:
             if model is not given:
-                model.unload()  # the user's model as it was, for the next try
-                vars(given).pop("peft_config", None)
+                unwrapped(model.unload())  # the user's model as it was, for the next try
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
             raise
         self.source, self.protect_data = sequence, protect_data
         # autocast and TF32 would round away most of a small update on top of weights that were once in bf16

@@ -23,7 +23,7 @@ from ..adapters.states import heads_of
 from ..config import TaskSequence
 from ..published.index import Heads
 from ..published.sequence import PublishedSequence
-from .labels import check_label_numbers, task_labels
+from .labels import check_label_numbers, set_labels, task_labels
 
 _NO_LOGIT = -1e4  # its exponential is zero; half precision holds it
 
@@ -89,7 +89,19 @@ class TaskHeads:
                     "say its own. Pass Task(…, labels=['first', 'second', …]), or a data set whose column has a "
                     "ClassLabel."
                 )
-            if not self.own and labels and classifies and len(labels) != outputs:
+            if self.own and labels and len(labels) < 2:
+                raise ValueError(
+                    f"The task {task.name!r} has the one label {labels[0]!r}: with heads={self.mode!r} there is "
+                    "nothing to tell it from. Give it two or more."
+                )
+            shown = set_labels(task.eval_dataset)
+            if self.mode == "per-task" and shown and labels and shown != labels:
+                raise ValueError(
+                    f"The evaluation set of {task.name!r} has the labels {', '.join(shown):.200} by their numbers, "
+                    f"and its training set {', '.join(labels):.200}. Bring them into one order "
+                    "(`align_labels_with_mapping`)."
+                )
+            if not self.own and labels and classifies and outputs and len(labels) > outputs > 1:
                 raise ValueError(
                     f"The task {task.name!r} has the {len(labels)} labels {', '.join(labels):.200}, but the model's "
                     f"head has {outputs}. Load the model with `num_labels={len(labels)}`, or pass "
@@ -137,8 +149,8 @@ class TaskHeads:
         name_labels(self.base_model, labels)
 
     def can_measure(self, name: str) -> bool:
-        """Whether there is a head for the set of that name."""
-        return not self.own or name in self.learnt or name == self.current
+        """Whether there is a head for the set of that name: not if it is of a task that is not learnt yet."""
+        return not self.own or name not in self.labels or name in self.learnt or name == self.current
 
     @contextlib.contextmanager
     def as_learnt(self, name: str, published: PublishedSequence) -> Iterator[None]:
@@ -196,13 +208,13 @@ class TaskHeads:
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
         """
-        Within the context a growing head answers with the new task's labels alone: data of that task teach nothing
-        about earlier labels but that they are all wrong.
+        Within the context a growing head answers with the task's labels alone: its data teach nothing about the others
+        but that they are all wrong.
         """
-        kept = len(self.of_head(self.learnt[-1])) if self.mode == "grow" and self.learnt else 0
-        handles = [
-            layer.register_forward_hook(partial(_without_first, kept)) for layer in self._label_layers() if kept
-        ]
+        own = self.labels.get(self.current or "", []) if self.mode == "grow" and self.learnt else []
+        rows = self.of_head(self.current) if self.current and own else []
+        hook = partial(_without, torch.tensor([label not in own for label in rows]))
+        handles = [layer.register_forward_hook(hook) for layer in (self._label_layers() if own else [])]
         try:
             yield
         finally:
@@ -232,5 +244,5 @@ class TaskHeads:
         ]
 
 
-def _without_first(rows: int, layer: torch.nn.Module, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torch.full_like(logits[..., :rows], _NO_LOGIT), logits[..., rows:]], dim=-1)
+def _without(others: torch.Tensor, layer: torch.nn.Module, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
+    return logits.masked_fill(others.to(logits.device), _NO_LOGIT)

@@ -20,7 +20,7 @@ def task_labels(task: Task) -> list[str] | None:
 def set_labels(dataset: Any) -> list[str] | None:
     """Names of the `ClassLabel` in a data set's column of labels, `None` if it has no such column."""
     features: Mapping[str, Any] = getattr(dataset, "features", None) or {}
-    for name in _COLUMNS:
+    for name in [name for name in _COLUMNS if name in features][:1]:  # models take `labels`, if it is there
         feature = features.get(name)
         feature = getattr(feature, "feature", feature)  # of a sequence of labels
         if isinstance(feature, datasets.ClassLabel):
@@ -42,9 +42,7 @@ def check_label_numbers(task: Task, dataset: Any, count: int) -> None:
     """
     if not isinstance(dataset, datasets.Dataset) or not dataset.num_rows:
         return
-    for name in _COLUMNS:
-        if name not in dataset.column_names:
-            continue
+    for name in [name for name in _COLUMNS if name in dataset.column_names][:1]:
         values: Any = dataset.select_columns([name]).with_format("arrow")[:][name]
         while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
             values = pa.compute.list_flatten(values)

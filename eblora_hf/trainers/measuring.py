@@ -12,7 +12,7 @@ from ..adapters.composition import concatenate, put_earlier_tasks
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.heads import name_labels
 from ..adapters.leftovers import begin_run
-from ..adapters.switches import acts, switch_back
+from ..adapters.switches import acts, is_switched_by_us, switch_back
 from ..config import Task
 from ..published.adapter_files import check_fits
 from ..published.plain_lora import Adapter
@@ -59,7 +59,7 @@ class MeasuringMixin(TrainerSurface):
         metrics: dict[str, float] = {}
         for name, dataset in sets.items():
             if self.heads.can_measure(name):
-                with self.heads.as_learnt(name, self.begun.sequence):
+                with self._head_of(name, dataset):
                     metrics |= super().evaluate({name: dataset}, *args, **kwargs)
         return metrics
 
@@ -69,10 +69,33 @@ class MeasuringMixin(TrainerSurface):
         with self._labels_of(test_dataset):
             return super().predict(test_dataset, *args, **kwargs)
 
+    @contextlib.contextmanager
+    def _head_of(self, name: str, dataset: Any) -> Iterator[None]:
+        """Within the context the model has the head that belongs to a set: its task's, or one with its labels."""
+        if name not in self.heads.labels or self.task_callback is None:
+            with self._labels_of(dataset):
+                yield
+            return
+        shown = set_labels(dataset) if self.heads.mode == "grow" else None
+        with self.heads.as_learnt(name, self.begun.sequence), self.heads.with_data(shown or self.heads.labels[name]):
+            yield
+
     def _labels_of(self, dataset: Any) -> AbstractContextManager:
-        """Within the context data have the labels that the set says, if it says any and no task is known to own it."""
-        labels = set_labels(dataset) if self.heads.own and self.heads.current is None else None
-        return contextlib.nullcontext() if labels is None else self.heads.with_data(labels)
+        """Within the context the labels are those that a set says, if it says any and no task is known to own it."""
+        shown = set_labels(dataset) if self.heads.own and not isinstance(dataset, str) else None
+        if shown is None:
+            if self.heads.mode == "grow" and self.heads.current is None and self.heads.learnt and dataset is not None:
+                logger.warning(
+                    "The data set does not say its labels (ClassLabel), so that its numbers are taken for rows of the "
+                    "head. Pass it in a dict under the name of its task."
+                )
+            return contextlib.nullcontext()
+        if self.heads.mode == "grow":
+            return self.heads.with_data(shown)
+        owners = [task for task in self.heads.learnt if self.heads.labels.get(task) == shown]
+        if not owners or self.heads.current is not None:
+            return contextlib.nullcontext()
+        return self.heads.as_learnt(owners[-1], self.begun.sequence)
 
     def put_sequence(self) -> None:
         """
@@ -109,11 +132,13 @@ class MeasuringMixin(TrainerSurface):
 
         `model.disable_adapter()` gives the model before the task while one is learnt, with all earlier tasks.
         """
+        self.put_sequence()
         with self.earlier_tasks.away(self.model):
             yield self.model
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.keep_switched()
+        if not is_switched_by_us(self.model):  # what is measured within such a context is its model
+            self.keep_switched()
         return super().prediction_step(*args, **kwargs)
 
     def keep_switched(self) -> None:

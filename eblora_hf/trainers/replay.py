@@ -127,8 +127,8 @@ def write_rows(folder: Path, rows: list[Any]) -> None:
             "set return {'input_ids': …, 'labels': …} or the like."
         )
     tensors = [name for name, value in rows[0].items() if isinstance(value, torch.Tensor)]
-    plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
     try:
+        plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
         table = datasets.Dataset.from_list(plain)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"replay_fraction: these rows cannot be kept ({error!s:.200}). Set it to 0.") from error

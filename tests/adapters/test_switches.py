@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from eblora_hf import load_sequence
+from eblora_hf import EBLoRAConfig, load_sequence
 
-from ..support.tiny import lora, make_model
+from ..support.tiny import lora, make_model, make_text_data
 from ..support.trainers import make_trainer
 
 INPUTS = {"input_ids": torch.arange(3, 27).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
@@ -50,8 +50,6 @@ def test_disabled_is_the_model_before_the_task(tmp_path, dtype, method):
             found[f"{task} pre-trained"] = logits(model)
         assert flags(model) == before
         assert not torch.equal(logits(model), found[task])
-
-    from eblora_hf import EBLoRAConfig
 
     trainer = make_trainer(
         tmp_path,
@@ -99,3 +97,32 @@ def test_it_is_said_that_something_was_switched_back(tmp_path, caplog):
     make_trainer(tmp_path, callbacks=[Look(lambda model, task: model.base_model.disable_adapter_layers())]).train()
     assert "were switched off" in caplog.text
     assert "with trainer.pretrained_model():" in caplog.text
+
+
+def test_what_is_measured_within_a_context_is_its_model(tmp_path):
+    found = {}
+    data = make_text_data("bert", size=8)
+
+    def look(model, task):
+        for name, context in (("before", model.disable_adapter), ("pre-trained", trainer.pretrained_model)):
+            with context():
+                with torch.no_grad():
+                    expected = model.eval()(**data[:]).logits
+                found[name] = (expected, torch.tensor(trainer.predict(data).predictions))
+
+    trainer = make_trainer(tmp_path, callbacks=[Look(look)])
+    trainer.train()
+    for expected, predicted in found.values():
+        torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_pretrained_model_first_and_then_the_sequence(tmp_path):
+    data = make_text_data("bert", size=8)
+    make_trainer(tmp_path).train()
+    trainer = make_trainer(tmp_path, sequence=tmp_path, tasks=("three",))
+    with trainer.pretrained_model():
+        assert torch.equal(
+            torch.tensor(trainer.predict(data).predictions), make_model("bert").eval()(**data[:]).logits
+        )
+    expected = load_sequence(make_model("bert"), tmp_path)(**data[:]).logits
+    torch.testing.assert_close(torch.tensor(trainer.predict(data).predictions), expected, atol=1e-5, rtol=1e-5)

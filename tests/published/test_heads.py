@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features, List, Value
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from eblora_hf import (
@@ -52,7 +53,7 @@ def train(folder, mode, model=None, tasks=SETS, resume=None, callbacks=(), **opt
         peft_config=options.pop("peft_config", lora()),
         eblora_config=EBLoRAConfig(heads=mode),
         train_dataset=tasks,
-        eval_dataset=sets,
+        eval_dataset=options.pop("eval_sets", sets),
         compute_metrics=accuracy,
         callbacks=list(callbacks),
         **options,
@@ -154,6 +155,68 @@ def test_a_label_that_was_learnt_before_keeps_its_row(tmp_path):
     assert PublishedSequence.open(tmp_path).labels_of_head("d") == ["x", "y", "z", "new"]
 
 
+def test_a_shared_label_is_learnt_on_under_a_growing_head(tmp_path):
+    """As "O" is in every task of token classification: its row is not masked while the second task is learnt."""
+    tasks = {"a": make_data(0, ["cat", "dog"]), "b": make_data(1, ["dog", "bird"])}
+    trainer = train(tmp_path, "grow", tasks=tasks)
+    assert all(entry["loss"] < 10 for entry in trainer.state.log_history if "loss" in entry)
+    assert all(entry["train_loss"] < 10 for entry in trainer.state.log_history if "train_loss" in entry)
+    assert trainer.evaluate({"b": tasks["b"]})["eval_b_loss"] < 10
+    again = train(tmp_path / "again", "grow", tasks={"a": tasks["a"], "c": make_data(2, ["dog", "cat"])})
+    assert again.begun.sequence.labels_of_head("c") == ["cat", "dog"]
+
+
+def test_a_single_set_gets_the_head_that_has_its_labels(tmp_path, caplog):
+    for mode in ("per-task", "grow"):
+        trainer = train(tmp_path / mode, mode)
+        alone = trainer.evaluate(SETS["a"])["eval_accuracy"]
+        assert alone == trainer.evaluate({"a": SETS["a"]})["eval_a_accuracy"] == trainer.accuracy_matrix[-1, 0]
+    unknown = make_data(0, LABELS["a"], named=False)
+    trainer.predict(unknown)
+    assert "does not say its labels" in caplog.text
+    assert trainer.evaluate({"held-out": SETS["a"]})["eval_held-out_accuracy"] == trainer.accuracy_matrix[-1, 0]
+
+
+def test_an_evaluation_set_in_another_order(tmp_path):
+    turned = SETS["a"].with_format(None).map(lambda row: {"labels": 2 - row["labels"]})
+    turned = turned.cast_column("labels", ClassLabel(names=LABELS["a"][::-1])).with_format("torch")
+    task = TaskSequence([Task("a", SETS["a"], turned)])
+    trainer = train(tmp_path / "out", "grow", tasks=task, eval_sets={})
+    assert trainer.accuracy_matrix[0, 0] == trainer.evaluate({"a": SETS["a"]})["eval_a_accuracy"] > 0.5
+    with pytest.raises(ValueError, match="Bring them into one order"):
+        train(tmp_path / "other", "per-task", tasks=task, eval_sets={})
+
+
+@pytest.mark.parametrize("mode", ["per-task", "grow"])
+def test_a_peft_model_serves_again_as_well(tmp_path, mode):
+    model = get_peft_model(make_model("bert"), lora(modules_to_save=["classifier"]))
+    with pytest.raises(InterruptionError):
+        train(tmp_path, mode, model, callbacks=[InterruptAt("b", 15)], peft_config=None)
+    train(tmp_path, mode, model, resume=True, peft_config=None)
+    assert PublishedSequence.open(tmp_path).names == list(LABELS)
+
+
+def test_an_optimizer_that_does_not_know_the_head_is_refused(tmp_path):
+    model = get_peft_model(make_model("bert"), lora(modules_to_save=["classifier"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"does not hold .*classifier.*optimizer_cls_and_kwargs"):
+        train(tmp_path, "grow", model, tasks={"b": SETS["b"]}, peft_config=None, optimizers=(optimizer, None))
+
+
+def test_a_refused_construction_leaves_the_model_as_it_was(tmp_path):
+    model = make_model("bert")
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}, set(vars(model))
+    with pytest.raises(ValueError, match="does not say its own"):
+        train(tmp_path, "grow", model, tasks={"a": make_data(0, LABELS["a"], named=False)})
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}, set(vars(model))
+    assert before == after
+
+
+def test_a_left_over_column_is_not_looked_at(tmp_path):
+    data = SETS["a"].with_format(None).add_column("label", list(range(40))).with_format("torch")
+    train(tmp_path, "shared", tasks={"a": data})
+
+
 @pytest.mark.parametrize("mode", ["per-task", "grow"])
 def test_interrupted_and_continued_elsewhere_is_the_same(tmp_path, mode):
     train(tmp_path / "whole", mode)
@@ -225,11 +288,12 @@ UNNAMED = make_data(0, LABELS["a"], named=False)
     ("mode", "tasks", "words"),
     [
         ("per-task", {"a": UNNAMED}, "'a' does not say its own. Pass Task(…, labels="),
+        ("grow", {"a": make_data(0, ["x"])}, "'a' has the one label 'x'"),
         ("shared", {"a": SETS["a"], "b": SETS["b"]}, "'b' has the 5 labels p, q, r, s, t, but the model's head has 3"),
         ("grow", TaskSequence([Task("a", UNNAMED, labels=["x", "y"])]), "'a' has rows with the label 2"),
         ("shared", {"a": UNNAMED, "b": make_data(0, LABELS["b"], named=False)}, "'b' has rows with the label 4"),
     ],
-    ids=["no-names", "other-number", "out-of-range", "out-of-range-shared"],
+    ids=["no-names", "one-label", "other-number", "out-of-range", "out-of-range-shared"],
 )
 def test_labels_that_do_not_fit_are_named_before_anything_is_trained(tmp_path, mode, tasks, words):
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -277,8 +341,6 @@ def test_all_linear_takes_a_small_head_for_a_head(tmp_path):
 
 
 def test_a_random_head_on_a_peft_model_is_refused_with_the_words_to_use(tmp_path):
-    from peft import get_peft_model
-
     transformers.BertForMaskedLM(make_model("bert").config).save_pretrained(tmp_path / "base")
     base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     model = get_peft_model(base, lora(exclude_modules=["classifier"]))
