@@ -63,7 +63,6 @@ def fetch_sequence(
             f"{source} is neither a folder nor a repository on the Hub that you can read."
         ) from error
     except Exception as error:
-        error.add_note(f"{source} is no folder here, so it was looked for on the Hub.")
         if not is_unanswered(error):
             raise
         sequence = _cached(repo_id, revision, error)

@@ -254,7 +254,8 @@ def test_the_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(row in readme for row in summary.split("| method | settings |")[0].splitlines() if row)
     of = {method: {run["seed"]: run for run in runs} for method, runs in by_method(lines).items()}
-    assert {method: set(runs) for method, runs in of.items()} == {method: {0, 1, 2, 3, 4} for method in METHODS}
+    compared = set(METHODS) - {"eblora-replay"}  # keeps data, which the others do not: by itself, against EBLoRA
+    assert {method: set(runs) for method, runs in of.items()} == {method: {0, 1, 2, 3, 4} for method in compared}
     mean = {method: np.mean([run["MFN"] for run in runs.values()]) for method, runs in of.items()}
     assert all(of["eblora"][seed]["MFN"] - of["lora"][seed]["MFN"] >= 8 for seed in range(5))
     assert mean["eblora"] - mean["lora"] >= 12

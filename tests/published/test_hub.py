@@ -207,7 +207,7 @@ def test_sources_that_hold_no_sequence(server, tmp_path):
         load_sequence(make_model("bert"), "me/empty")
     with pytest.raises(FileNotFoundError, match="holds no sequence"):
         load_sequence(make_model("bert"), tmp_path)
-    with pytest.raises(HfHubHTTPError, match="404"):
+    with pytest.raises(FileNotFoundError, match="me/nothing is neither a folder nor a repository on the Hub"):
         load_sequence(make_model("bert"), "me/nothing")
 
 
