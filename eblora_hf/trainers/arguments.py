@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..adapters.heads import find_heads, has_fresh_head, label_layer
 from ..adapters.layers import AdaptedLayer, is_quantized
 from ..adapters.leftovers import mark_wrapped, take_off_unfinished, trained_adapter, unwrapped
-from ..config import Task, TaskSequence
+from ..config import EBLoRAConfig, Task, TaskSequence
 from ..manifold.optimizers import check_optimizer, plain_optimizer
 from .fsdp import unsupported_launcher
 
@@ -59,15 +59,15 @@ def by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict
     raise TypeError(f"{cls.__name__} has no trainer class after {mixin.__name__}.")
 
 
-def check_set_up(arguments: dict[str, Any], constrained: bool, *, continues: bool, heads: str) -> None:
+def check_set_up(arguments: dict[str, Any], config: EBLoRAConfig, constrained: bool, *, continues: bool) -> None:
     """
     Raises a `ValueError` for what the trainer does not support, before anything is built.
 
     Args:
         arguments (`dict`): The constructor's arguments by name.
+        config ([`EBLoRAConfig`]): The options.
         constrained (`bool`): Whether a constraint follows the optimizer.
         continues (`bool`): Whether a sequence is continued.
-        heads (`str`): As in [`EBLoRAConfig`].
     """
     if arguments.get("model_init") is not None:
         raise ValueError("`model_init` is not supported: a sequence continues one model. Pass `model=` instead.")
@@ -77,12 +77,18 @@ def check_set_up(arguments: dict[str, Any], constrained: bool, *, continues: boo
             "bf16_full_eval and fp16_full_eval are not supported: they cast the model's weights in place, and the "
             "adapter and all later tasks would keep the rounding. Use bf16=True for evaluation under autocast."
         )
-    if heads == "grow" and args is not None and args.label_smoothing_factor:
+    if config.heads == "grow" and args is not None and args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor!r} is not supported with heads='grow': while a task "
             "is learnt its own labels alone are answered, and smoothing asks for a share of all. Set it to 0."
         )
-    several = isinstance(arguments.get("train_dataset"), (Mapping, TaskSequence, list, tuple))
+    sampling = getattr(args, "train_sampling_strategy", None)
+    if config.replay_fraction and sampling == "group_by_length":
+        raise ValueError(
+            f"EBLoRAConfig(replay_fraction={config.replay_fraction!r}) with train_sampling_strategy={sampling!r} is "
+            "not supported: rows of earlier tasks join batches whose lengths were chosen without them. Drop one."
+        )
+    several = holds_tasks(arguments.get("train_dataset"))
     if getattr(args, "precompute_ref_log_probs", False) and (several or continues):
         raise ValueError(
             "precompute_ref_log_probs=True is not supported with several tasks or `sequence=`: the reference would be "
@@ -190,12 +196,14 @@ def _with_heads(model: nn.Module, config: LoraConfig, own_heads: bool) -> LoraCo
     named = {*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())}
     unnamed = [head for head in find_heads(model) if head not in named]
     if not (own_heads or has_fresh_head(model)):
+        if config.target_modules != "all-linear":
+            return config
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         left_out = {name.partition(".")[0] for name in excluded or ()}
-        taken = [head for head in unnamed if head not in left_out and label_layer(model, [head])]
-        ends = tuple({*named, *taken})  # PEFT takes what ends in a head's name for a head, too: pre_classifier
-        unnamed = [head for head in unnamed if config.target_modules == "all-linear" and head.endswith(ends)]
         unnamed = [head for head in unnamed if head not in left_out]
+        answering = [head for head in unnamed if label_layer(model, [head])]
+        ends = tuple({*named, *answering})  # PEFT takes what ends in a head's name for a head, too: pre_classifier
+        unnamed = [head for head in unnamed if head.endswith(ends)]
     if not unnamed:
         return config
     logger.info(f"The head {', '.join(unnamed)} is trained whole, and published with every task.")
@@ -249,6 +257,13 @@ def check_frozen(model: PeftModel) -> None:
         )
 
 
+def holds_tasks(train: Any) -> bool:
+    """Whether what was given as `train_dataset` are tasks with names, and not one data set."""
+    if isinstance(train, (list, tuple)):
+        return bool(train) and all(isinstance(task, Task) for task in train)
+    return isinstance(train, (Mapping, TaskSequence))
+
+
 def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence | None:
     """Reads the tasks out of the trainer's data arguments, and leaves there what the parent's constructor expects."""
     train, evaluation = arguments.get("train_dataset"), arguments.get("eval_dataset")
@@ -260,7 +275,7 @@ def read_tasks(arguments: dict[str, Any], task_name: str | None) -> TaskSequence
             "training sets by task name. Pass `train_dataset=data['train']`, or `dict(data)` if these are tasks "
             "indeed."
         )
-    if isinstance(train, (list, tuple)) and train and all(isinstance(task, Task) for task in train):
+    if isinstance(train, (list, tuple)) and holds_tasks(train):
         train = TaskSequence(list(train))
     if isinstance(train, (list, tuple)) and train and hasattr(train[0], "__len__") and not _is_row(train[0]):
         raise ValueError(

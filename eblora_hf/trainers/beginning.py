@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..adapters.earlier_tasks import EarlierTasks
 from ..config import Task
 from ..memory.basis import BasisExtension
 from ..published.plain_lora import Adapter
@@ -27,13 +26,10 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
     Opens the sequence that a run goes on from.
 
     Attributes:
-        source (`str` or `Path`, *optional*): What `sequence=` was given.
         protect_data (*optional*): Data of an adapter that becomes the first task.
         skips_learnt (`bool`): Whether tasks that the sequence has are passed over.
     """
 
-    earlier_tasks: EarlierTasks
-    source: str | Path | None
     protect_data: Any
     skips_learnt: bool
 

@@ -12,10 +12,12 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
+from transformers.utils import logging
 
 from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
 from ..adapters.factors import load_state, save_state
 from ..adapters.sharding import whole
+from ..adapters.switches import acts, is_switched_by_us, switch_back
 from ..manifold.optimizers import plain_optimizer
 from ..methods.base import Snapshot, Snapshots
 from ..published.checks import check_finite
@@ -24,6 +26,8 @@ from .fsdp import ShardedMixin
 from .measuring import MeasuringMixin
 from .replay import ReplayingMixin
 from .snapshots import take_snapshot
+
+logger = logging.get_logger(__name__)
 
 _NEVER = 2**62  # a step that no training reaches
 
@@ -110,7 +114,8 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
             steps_of_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
             steps = math.ceil(self.args.num_train_epochs * steps_of_epoch)
         self.state = TrainerState(max_steps=steps, num_train_epochs=math.ceil(self.args.num_train_epochs))
-        self._stands_in = self.optimizer is None and self.method.constrained and not self.is_fsdp_enabled
+        layerwise = "layerwise" in str(self.args.optim)  # steps inside the backward pass
+        self._stands_in = self.optimizer is None and not layerwise and not self.is_fsdp_enabled
         if self._stands_in:
             super().create_optimizer()
             super().create_scheduler(steps, self.optimizer)
@@ -148,6 +153,7 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
         return map(self._prepare_inputs, again)
 
     def set_trainable(self) -> None:
+        """Sets which parameters of the adapter are trained."""
         for layer in self.layers:  # whatever activated the adapter made all of it trainable
             layer.lora_A.requires_grad_(self.method.trains_lora_A)
         self.heads.set_trainable()
@@ -216,6 +222,23 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
         self._bad_step = bad_step if self._bad_step is None else torch.minimum(self._bad_step, bad_step)
         return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_switched_by_us(self.model):  # what is measured within such a context is its model
+            self.keep_switched()
+        return super().prediction_step(*args, **kwargs)
+
+    def keep_switched(self) -> None:
+        """Undoes what a callback has switched: the adapter that is trained acts, and earlier tasks beside it."""
+        if self.begun_task and not acts(self.model, self.layers):
+            logger.warning(
+                f"The adapter {self.adapter!r} or the earlier tasks were switched off, or earlier tasks set to be "
+                "trained, by `set_adapter`, `disable_adapter_layers` or the like. They are on again. Use `with "
+                "model.disable_adapter():` for the model before the task, and `with trainer.pretrained_model():` for "
+                "the one before all tasks."
+            )
+            switch_back(self.model, self.adapter)
+            self.set_trainable()
 
     def check_finite(self, task: str) -> None:
         """Raises a `ValueError` if training has diverged; it names the first bad step that this process has seen."""

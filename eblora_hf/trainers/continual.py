@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..methods.base import Snapshot
 from ..methods.build import build_method
 from ..published.locks import one_writer
 from ..published.schema import as_word
-from .arguments import by_name, check_frozen, check_layers, check_set_up, read_tasks, with_adapter
+from .arguments import by_name, check_frozen, check_layers, check_set_up, holds_tasks, read_tasks, with_adapter
 from .beginning import BeginningMixin
 from .callback import training_record
 from .checkpoints import checkpoint_to_resume
@@ -90,9 +90,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             raise ValueError(f"`eblora_config` must be an EBLoRAConfig, got {eblora_config!r}.")
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
-        check_set_up(
-            arguments, self.method.constrained, continues=sequence is not None, heads=self.eblora_config.heads
-        )
+        check_set_up(arguments, self.eblora_config, self.method.constrained, continues=sequence is not None)
         given = arguments.get("model")
         if sequence is not None and peft_config is None and not isinstance(given, PeftModel):
             peft_config = config_to_continue(sequence, arguments.get("args"))
@@ -104,7 +102,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             keep_differentiable(model)
             check_frozen(model)
             check_layers(self.layers, self.adapter, self.method.orthonormal or not self.method.trains_lora_A)
-            self.skips_learnt = isinstance(arguments.get("train_dataset"), (Mapping, TaskSequence, list, tuple))
+            self.skips_learnt = holds_tasks(arguments.get("train_dataset"))
             self.tasks = read_tasks(arguments, task_name)
             self.heads = TaskHeads(model, self.adapter, self.eblora_config.heads, self.tasks)
             self._seen, adapters = arguments.get("train_dataset"), set(model.peft_config)
@@ -118,6 +116,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             for copied in set(model.peft_config) - adapters:  # TRL's reference, which `disable_adapter` is here
                 model.delete_adapter(copied)
             self.tasks = self.tasks and self.prepared(self.tasks)
+            self.check_replay()
             self.check_sharding()
         except Exception:
             if model is not given:
@@ -333,7 +332,9 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         published = self.begun.sequence
         self.unwrap()
         self.earlier_tasks.restore()
-        if len(published.tasks) > 1 and not self.is_fsdp_enabled:
+        is_there = len(published.tasks) == 1 and len(self._outputs) == 1  # the only task was learnt just now
+        if not is_there and not self.is_fsdp_enabled:
             replace_adapter(self.model, self.adapter, concatenate(published.adapters()))
             self.layers = find_layers(self.model, self.adapter)
+        self.heads.name_newest()
         self.optimizer, self.lr_scheduler = None, None

@@ -111,7 +111,7 @@ class TaskHeads:
             count = len(labels) if labels else outputs
             if classifies and count and count > 1:
                 for dataset in (task.train_dataset, task.eval_dataset):
-                    check_label_numbers(task, dataset, count)
+                    check_label_numbers(task, dataset, count, one_a_row=self.mode == "grow")
         if not self.own and len({tuple(labels) for labels in self.labels.values()}) > 1:
             logger.warning(
                 "The tasks have different labels, but one head for all, which is trained on from task to task: what "
@@ -140,13 +140,19 @@ class TaskHeads:
         """Puts the head of a new task on the model; a shared one stays what it is."""
         if self.layer is None:
             return
-        before = heads_of(published.adapters()[-1]) if self.mode == "grow" and self.learnt else None
-        state = original_heads(self.model) if before is None else before
-        state = without_rows(state, self.layer) if before is None else state
+        if self.mode == "grow" and self.learnt:
+            state = heads_of(published.adapters(self.learnt[-1:])[0])
+        else:
+            state = without_rows(original_heads(self.model), self.layer)
         std = getattr(self.base_model.config, "initializer_range", 0.02)
         labels = self.of_head(task)
         load_adapter(self.model, self.adapter, with_fresh_rows(state, self.layer, len(labels), std, seed))
         name_labels(self.base_model, labels)
+
+    def name_newest(self) -> None:
+        """Has the model know the labels of the head that the root carries."""
+        if self.own and self.learnt:
+            name_labels(self.base_model, self.of_head(self.learnt[-1]))
 
     def can_measure(self, name: str) -> bool:
         """Whether there is a head for the set of that name: not if it is of a task that is not learnt yet."""
@@ -198,6 +204,11 @@ class TaskHeads:
         for name in ("labels", "label"):
             labels = result.get(name)
             if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+                if labels.numel() and labels.max() >= len(numbers):
+                    raise ValueError(
+                        f"A row has the label {int(labels.max())}, but the data have the labels 0 to "
+                        f"{len(numbers) - 1}: {', '.join(self.data_labels):.200}."
+                    )
                 known = torch.where(labels >= 0, numbers.to(labels.device)[labels.clamp_min(0)], labels)
                 if not torch.equal(known < 0, labels < 0):
                     missing = sorted(set(self.data_labels) - set(rows))

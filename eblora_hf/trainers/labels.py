@@ -10,6 +10,7 @@ import pyarrow.compute  # type: ignore[import-untyped]
 from ..config import Task
 
 _COLUMNS = ("labels", "label")
+_IGNORED = -100  # of the loss functions of torch and transformers
 
 
 def task_labels(task: Task) -> list[str] | None:
@@ -28,7 +29,7 @@ def set_labels(dataset: Any) -> list[str] | None:
     return None
 
 
-def check_label_numbers(task: Task, dataset: Any, count: int) -> None:
+def check_label_numbers(task: Task, dataset: Any, count: int, *, one_a_row: bool = False) -> None:
     """
     Raises if rows have labels that are none of the task's.
 
@@ -36,6 +37,7 @@ def check_label_numbers(task: Task, dataset: Any, count: int) -> None:
         task ([`Task`]): The task, for the message.
         dataset: Its training or evaluation set. Only a `datasets.Dataset` shows its labels without loading all else.
         count (`int`): How many labels there are.
+        one_a_row (`bool`, defaults to `False`): Whether several labels of a row, as zeros and ones, are refused.
 
     Raises:
         ValueError: naming the task, the number and what was expected.
@@ -46,9 +48,20 @@ def check_label_numbers(task: Task, dataset: Any, count: int) -> None:
         values: Any = dataset.select_columns([name]).with_format("arrow")[:][name]
         while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
             values = pa.compute.list_flatten(values)
-        if not pa.types.is_integer(values.type):
-            return  # a regression, or several labels of a row as zeros and ones
-        highest = pa.compute.max(values).as_py()
+        if not pa.types.is_integer(values.type):  # a regression, or several labels of a row as zeros and ones
+            if one_a_row:
+                raise ValueError(
+                    f"The task {task.name!r} has labels that are no whole numbers: heads='grow' answers with one "
+                    "label out of all. Use heads='per-task' for several labels of a row."
+                )
+            return
+        values = pa.compute.filter(values, pa.compute.not_equal(values, _IGNORED))
+        lowest, highest = (pa.compute.min_max(values)[key].as_py() for key in ("min", "max"))
+        if lowest is not None and lowest < 0:
+            raise ValueError(
+                f"The task {task.name!r} has rows with the label {lowest}: expected 0 to {count - 1}, or {_IGNORED} "
+                "for what is ignored. Take such rows out."
+            )
         if highest is not None and highest >= count:
             raise ValueError(
                 f"The task {task.name!r} has rows with the label {highest}, but only the labels 0 to {count - 1}. "

@@ -3,16 +3,15 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from ..adapters.composition import concatenate, put_earlier_tasks
+from ..adapters.composition import EARLIER_TASKS, concatenate, put_earlier_tasks
 from ..adapters.earlier_tasks import EarlierTasks
-from ..adapters.heads import name_labels
 from ..adapters.leftovers import begin_run
-from ..adapters.switches import acts, is_switched_by_us, switch_back
 from ..config import Task
 from ..published.adapter_files import check_fits
 from ..published.plain_lora import Adapter
@@ -42,7 +41,7 @@ class MeasuringMixin(TrainerSurface):
     """
 
     earlier_tasks: EarlierTasks
-    source: Any
+    source: str | Path | None
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """
@@ -106,7 +105,7 @@ class MeasuringMixin(TrainerSurface):
             FileNotFoundError: if there is none.
             ValueError: if a file of it was changed, or it is of another model.
         """
-        if self.source is None or self.task_callback is not None:
+        if self.source is None or self.task_callback is not None or EARLIER_TASKS in self.model.peft_config:
             return
         with self.args.main_process_first(desc="fetching the sequence"):
             published = read_source(self.source, self.args.hub_token)
@@ -121,8 +120,7 @@ class MeasuringMixin(TrainerSurface):
         self.heads.go_on_from(published)
         begin_run(self.model, self.adapter)
         put_earlier_tasks(self.model, self.adapter, concatenate(published.adapters()))
-        if self.heads.own:
-            name_labels(base_model, self.heads.of_head(published.names[-1]))
+        self.heads.name_newest()
         self.task_callback = TaskSequenceCallback(published, keeps_bases=False)
 
     @contextlib.contextmanager
@@ -135,23 +133,6 @@ class MeasuringMixin(TrainerSurface):
         self.put_sequence()
         with self.earlier_tasks.away(self.model):
             yield self.model
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_switched_by_us(self.model):  # what is measured within such a context is its model
-            self.keep_switched()
-        return super().prediction_step(*args, **kwargs)
-
-    def keep_switched(self) -> None:
-        """Undoes what a callback has switched: the adapter that is trained acts, and earlier tasks beside it."""
-        if self.begun_task and not acts(self.model, self.layers):
-            logger.warning(
-                f"The adapter {self.adapter!r} or the earlier tasks were switched off, or earlier tasks set to be "
-                "trained, by `set_adapter`, `disable_adapter_layers` or the like. They are on again. Use `with "
-                "model.disable_adapter():` for the model before the task, and `with trainer.pretrained_model():` for "
-                "the one before all tasks."
-            )
-            switch_back(self.model, self.adapter)
-            self.set_trainable()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return super()._prepare_inputs(self.heads.numbered(inputs))

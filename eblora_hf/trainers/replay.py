@@ -25,6 +25,7 @@ class ReplayingMixin(TrainerSurface):
     """Overrides the loader of the training set, which gets rows of earlier tasks where the options say so."""
 
     _replays = True
+    _mixes = False  # the loader of the task in training was made here
 
     @contextlib.contextmanager
     def without_replay(self) -> Iterator[None]:
@@ -37,6 +38,7 @@ class ReplayingMixin(TrainerSurface):
 
     def get_train_dataloader(self) -> DataLoader:
         rows = self._rows_of_earlier_tasks() if self._replays else []
+        self._mixes |= self._replays
         if not rows:
             return super().get_train_dataloader()
         before = self.train_dataset, self.data_collator
@@ -50,6 +52,19 @@ class ReplayingMixin(TrainerSurface):
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = before
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.eblora_config.replay_fraction and self.begun.sequence.tasks and not self._mixes:
+            raise ValueError(
+                f"replay_fraction={self.eblora_config.replay_fraction}: `get_train_dataloader` is overridden, so that "
+                "no rows of earlier tasks are mixed in. Call super() in it, or set replay_fraction=0."
+            )
+        return super().training_step(*args, **kwargs)
+
+    def check_replay(self) -> None:
+        """Raises a `ValueError` for rows that could not be kept, before anything is learnt."""
+        for task in (self.tasks or ()) if self.eblora_config.replay_fraction else ():
+            _table([task.train_dataset[0]], f"of the task {task.name!r}")
 
     def _rows_of_earlier_tasks(self) -> list[dict[str, Any]]:
         if not self.eblora_config.replay_fraction or self.task_callback is None:
@@ -70,6 +85,7 @@ class ReplayingMixin(TrainerSurface):
 
     def keep_rows(self, task: Task, seed: int) -> None:
         """Keeps a sample of a task's rows beside the sequence, on the process that writes."""
+        self._mixes = False
         if not self.eblora_config.replay_fraction or not self.args.should_save:
             return
         data = task.train_dataset
@@ -121,30 +137,31 @@ def write_rows(folder: Path, rows: list[Any]) -> None:
     Raises:
         ValueError: if they are not dicts of what Arrow holds: numbers, text, images and lists of them, or tensors.
     """
+    temporary = temporary_name(folder)
+    with _without_progress_bars():
+        _table(rows, f"for {folder}").save_to_disk(str(temporary))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def _table(rows: list[Any], which: str) -> datasets.Dataset:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(
-            f"replay_fraction needs rows that are dicts, got {type(rows[0]).__name__}. Set it to 0, or have the data "
-            "set return {'input_ids': …, 'labels': …} or the like."
+            f"replay_fraction needs rows that are dicts, but those {which} are {type(rows[0]).__name__} objects. Set "
+            "it to 0, or have the data set return {'input_ids': …, 'labels': …} or the like."
         )
     tensors = [name for name, value in rows[0].items() if isinstance(value, torch.Tensor)]
     try:
-        plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
-        table = datasets.Dataset.from_list(plain)
+        table = datasets.Dataset.from_list([{key: _plain(value) for key, value in row.items()} for row in rows])
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"replay_fraction: these rows cannot be kept ({error!s:.200}). Set it to 0.") from error
-    if tensors:
-        table = table.with_format("torch", columns=tensors, output_all_columns=True)
-    temporary = temporary_name(folder)
-    with _without_progress_bars():
-        table.save_to_disk(str(temporary))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+        raise ValueError(f"replay_fraction: the rows {which} cannot be kept ({error!s:.200}). Set it to 0.") from error
+    return table.with_format("torch", columns=tensors, output_all_columns=True) if tensors else table
 
 
 def _plain(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return value.numpy() if value.ndim else value.item()
+    return value.numpy() if value.ndim else value.numpy()[()]
 
 
 @contextlib.contextmanager
@@ -160,4 +177,19 @@ def _without_progress_bars() -> Iterator[None]:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows in a folder; none if it is not there."""
-    return list(datasets.load_from_disk(str(folder))) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    table = datasets.load_from_disk(str(folder))
+    names = table.format["columns"] if table.format["type"] == "torch" else []
+    kinds = {name: _dtype(table.features[name]) for name in names}  # the torch format makes all int64 or float32
+    return [
+        {name: torch.tensor(value, dtype=kinds[name]) if name in kinds else value for name, value in row.items()}
+        for row in table.with_format(None)
+    ]
+
+
+def _dtype(feature: Any) -> torch.dtype:
+    """What the numbers of a column are."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return getattr(torch, feature.dtype)

@@ -51,10 +51,6 @@ class TrainerSurface(Trainer):
     begun_task = False  # a task is on the model, being learnt
     resumes_trained = False  # from a checkpoint of a task whose training had ended
 
-    def set_trainable(self) -> None:
-        """Sets which parameters of the adapter are trained."""
-        raise NotImplementedError
-
     @property
     def begun(self) -> TaskSequenceCallback:
         """The bases and the published sequence. Raises a `RuntimeError` before `train` has begun."""

@@ -177,6 +177,13 @@ def test_a_single_set_gets_the_head_that_has_its_labels(tmp_path, caplog):
     assert trainer.evaluate({"held-out": SETS["a"]})["eval_held-out_accuracy"] == trainer.accuracy_matrix[-1, 0]
 
 
+def test_a_number_that_no_label_has_is_named(tmp_path):
+    trainer = train(tmp_path, "grow", tasks={"a": SETS["a"]})
+    strange = make_data(0, LABELS["b"], named=False)
+    with pytest.raises(ValueError, match="A row has the label 4, but the data have the labels 0 to 2: x, y, z"):
+        trainer.evaluate({"a": strange})
+
+
 def test_an_evaluation_set_in_another_order(tmp_path):
     turned = SETS["a"].with_format(None).map(lambda row: {"labels": 2 - row["labels"]})
     turned = turned.cast_column("labels", ClassLabel(names=LABELS["a"][::-1])).with_format("torch")
@@ -282,6 +289,8 @@ def test_a_shared_head_is_measured_as_it_was_learnt_and_as_it_is_published(tmp_p
 
 
 UNNAMED = make_data(0, LABELS["a"], named=False)
+UNLABELLED = UNNAMED.with_format(None).map(lambda row: {"labels": row["labels"] - 1}).with_format("torch")
+SEVERAL = UNNAMED.with_format(None).remove_columns("labels").add_column("labels", [[1.0, 0.0, 1.0]] * 40)
 
 
 @pytest.mark.parametrize(
@@ -289,11 +298,21 @@ UNNAMED = make_data(0, LABELS["a"], named=False)
     [
         ("per-task", {"a": UNNAMED}, "'a' does not say its own. Pass Task(…, labels="),
         ("grow", {"a": make_data(0, ["x"])}, "'a' has the one label 'x'"),
+        ("shared", {"a": UNLABELLED}, "'a' has rows with the label -1"),
+        ("grow", TaskSequence([Task("a", SEVERAL, labels=LABELS["a"])]), "'a' has labels that are no whole numbers"),
         ("shared", {"a": SETS["a"], "b": SETS["b"]}, "'b' has the 5 labels p, q, r, s, t, but the model's head has 3"),
         ("grow", TaskSequence([Task("a", UNNAMED, labels=["x", "y"])]), "'a' has rows with the label 2"),
         ("shared", {"a": UNNAMED, "b": make_data(0, LABELS["b"], named=False)}, "'b' has rows with the label 4"),
     ],
-    ids=["no-names", "one-label", "other-number", "out-of-range", "out-of-range-shared"],
+    ids=[
+        "no-names",
+        "one-label",
+        "unlabelled",
+        "several",
+        "other-number",
+        "out-of-range",
+        "out-of-range-shared",
+    ],
 )
 def test_labels_that_do_not_fit_are_named_before_anything_is_trained(tmp_path, mode, tasks, words):
     with pytest.raises(ValueError, match=re.escape(words)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eblora_hf import ContinualEBLoRATrainer, PublishedSequence, load_sequence
+from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, Task, TaskSequence, load_sequence
 
 from ..support.tiny import accuracy, lora, make_arguments, make_model, make_text_data
 from ..support.trainers import assert_same_files, load_published, make_trainer
@@ -71,6 +71,54 @@ def test_a_list_of_tasks_says_what_shall_be_learnt_in_the_end(tmp_path, publishe
     ContinualEBLoRATrainer(model=make_model("bert"), args=make_arguments(folder), **options).train()
     assert "There is nothing to learn" in caplog.text
     assert_same_files(before, load_published(folder))
+
+
+@pytest.mark.parametrize("again", [{"sequence": True}, {"resume": True}], ids=["passed-over", "resumed"])
+def test_a_finished_sequence_of_one_task_is_on_the_model_in_another_process(tmp_path, again):
+    data = {"one": SETS["one"]}
+    first = make_trainer(tmp_path, train_dataset=data, eval_dataset=data)
+    first.train()
+    options = {"sequence": tmp_path} if "sequence" in again else {}
+    second = make_trainer(tmp_path, train_dataset=data, eval_dataset=data, **options)
+    second.train(resume_from_checkpoint="resume" in again)
+    assert second.evaluate()["eval_one_loss"] == pytest.approx(first.evaluate()["eval_one_loss"], rel=1e-5)
+    assert second.evaluate()["eval_one_loss"] != pytest.approx(make_trainer(tmp_path).evaluate(data)["eval_one_loss"])
+
+
+@pytest.mark.parametrize("heads", ["per-task", "grow"])
+def test_nor_are_its_labels_lost(tmp_path, heads):
+    def learn(**options):
+        tasks = TaskSequence(
+            [Task("one", SETS["one"], labels=["a", "b", "c"]), Task("two", SETS["two"], labels=["d", "e", "f", "g"])]
+        )
+        trainer = ContinualEBLoRATrainer(
+            model=make_model("bert"),
+            args=make_arguments(tmp_path),
+            peft_config=lora(),
+            train_dataset=tasks,
+            eval_dataset={"one": SETS["one"], "two": SETS["two"]},
+            eblora_config=EBLoRAConfig(heads=heads),
+            **options,
+        )
+        trainer.train()
+        return trainer
+
+    first, second = learn(), learn(sequence=tmp_path)
+    for name in ("one", "two"):
+        assert second.evaluate()[f"eval_{name}_loss"] == pytest.approx(first.evaluate()[f"eval_{name}_loss"], rel=1e-4)
+
+
+def test_a_list_of_rows_is_one_task(tmp_path, published):
+    folder, _ = published
+    trainer = make_trainer(
+        folder,
+        peft_config=lora(task_type="SEQ_CLS"),
+        sequence=folder,
+        task_name="one",
+        train_dataset=list(SETS["three"]),
+    )
+    with pytest.raises(ValueError, match=r"already has the task\(s\) one"):
+        trainer.train()
 
 
 def test_nothing_to_train_is_said(tmp_path, published):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from eblora_hf import EBLoRAConfig, push_sequence
+from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, push_sequence
 from eblora_hf.trainers.replay import Mixing, read_rows, write_rows
 
 from ..published.conftest import server  # noqa: F401
@@ -84,19 +85,55 @@ def test_tasks_without_rows_are_named(tmp_path, caplog):
     assert "no rows of one lie in" in caplog.text
 
 
+def test_a_loader_that_mixes_nothing_in_is_refused(tmp_path):
+    class OwnLoader(ContinualEBLoRATrainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=4)
+
+    class Above(ContinualEBLoRATrainer):
+        def get_train_dataloader(self):
+            return super().get_train_dataloader()
+
+    with pytest.raises(ValueError, match="`get_train_dataloader` is overridden"):
+        make_trainer(tmp_path / "own", cls=OwnLoader, eblora_config=REPLAY).train()
+    make_trainer(tmp_path / "own", cls=OwnLoader).train(resume_from_checkpoint=True)  # as the message says
+    make_trainer(tmp_path / "above", cls=Above, eblora_config=REPLAY).train()
+
+
+@pytest.mark.parametrize("row", [(1, 2), {"x": torch.ones(2, dtype=torch.bfloat16)}], ids=["tuple", "bf16"])
+def test_rows_that_cannot_be_kept_are_refused_before_anything_is_learnt(tmp_path, row):
+    with pytest.raises(ValueError, match="of the task 'one'"):
+        make_trainer(tmp_path, train_dataset={"one": Rows([row] * 8)}, eblora_config=REPLAY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_by_length_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' is not supported"):
+        make_trainer(tmp_path, train_sampling_strategy="group_by_length", eblora_config=REPLAY)
+
+
 def test_rows_come_back_as_they_were(tmp_path):
     rows = [
-        {"text": f"row {i}", "numbers": [i, i + 1], "label": torch.tensor(i), "image": torch.full((1, 2, 2), i / 3)}
+        {
+            "text": f"row {i}",
+            "numbers": [i, i + 1],
+            "label": torch.tensor(i),
+            "small": torch.tensor(i, dtype=torch.int32),
+            "image": torch.full((1, 2, 2), i / 3),
+            "bytes": torch.full((2, 2), i, dtype=torch.uint8),
+            "exact": torch.full((2,), i / 3, dtype=torch.float64),
+        }
         for i in range(3)
     ]
     write_rows(tmp_path / "rows", rows)
     write_rows(tmp_path / "rows", rows)  # a run that is repeated
     for row, again in zip(rows, read_rows(tmp_path / "rows"), strict=True):
         assert (again["text"], list(again["numbers"])) == (row["text"], row["numbers"])
-        assert torch.equal(again["image"], row["image"])
-        assert torch.equal(again["label"], row["label"])
+        for name in ("label", "small", "image", "bytes", "exact"):
+            assert again[name].dtype == row[name].dtype, name
+            assert torch.equal(again[name], row[name]), name
     assert read_rows(tmp_path / "none") == []
-    with pytest.raises(ValueError, match="rows that are dicts, got tuple"):
+    with pytest.raises(ValueError, match=r"rows that are dicts, but those for .* are tuple objects"):
         write_rows(tmp_path / "rows", [(1, 2)])
 
 

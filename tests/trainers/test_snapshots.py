@@ -116,8 +116,9 @@ def join_pairs(pairs):
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def test_a_loss_and_a_loader_find_what_training_has(tmp_path):
-    make_trainer(tmp_path, cls=Asking).train()
+@pytest.mark.parametrize("method", ["eblora", "keeplora", "inflora"])
+def test_a_loss_and_a_loader_find_what_training_has(tmp_path, method):
+    make_trainer(tmp_path, cls=Asking, eblora_config=EBLoRAConfig(method=method)).train()
     assert PublishedSequence.open(tmp_path).names == ["one", "two"]
 
 
