@@ -156,7 +156,7 @@ class PublishingMixin(TrainerSurface):
         if not matrix.size:
             return {}
         left_out = unmeasured(self.begun.sequence.names, matrix)
-        if left_out:
+        if left_out and not np.isnan(matrix).all():
             logger.warning(f"Not all of {', '.join(left_out)} was measured: means are over what was.")
         return continual_metrics(matrix)
 

@@ -121,6 +121,13 @@ def test_a_list_of_rows_is_one_task(tmp_path, published):
         trainer.train()
 
 
+def test_a_run_without_evaluation_is_not_told_what_it_did_not_measure(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert all(np.isnan(value) for value in trainer.continual_metrics().values())
+    assert "measured" not in caplog.text
+
+
 def test_nothing_to_train_is_said(tmp_path, published):
     folder, _ = published
     trainer = ContinualEBLoRATrainer(model=make_model("bert"), args=make_arguments(tmp_path / "new"), sequence=folder)
