@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from .adapters.composition import merge_into_base
     from .adapters.smoothing import smooth_adapter
     from .analysis.interference import interference_report
-    from .config import EBLoRAConfig, Task, TaskSequence
+    from .config import EBLoRAConfig
     from .metrics import ContinualMetrics, continual_metrics
     from .published.hub import SequenceConflictError, push_sequence
     from .published.loading import load_sequence
     from .published.sequence import PublishedSequence
+    from .tasks import Task, TaskSequence
     from .trainers.callback import TaskSequenceCallback
     from .trainers.continual import ContinualMixin
     from .trainers.preference import ContinualEBLoRADPOTrainer, ContinualEBLoRARewardTrainer
@@ -34,8 +35,8 @@ _MODULE_OF = {
     "EBLoRAConfig": "config",
     "PublishedSequence": "published.sequence",
     "SequenceConflictError": "published.hub",
-    "Task": "config",
-    "TaskSequence": "config",
+    "Task": "tasks",
+    "TaskSequence": "tasks",
     "TaskSequenceCallback": "trainers.callback",
     "continual_metrics": "metrics",
     "interference_report": "analysis.interference",

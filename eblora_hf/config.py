@@ -1,18 +1,13 @@
-"""Options of a continual run, and the sequence of tasks it learns."""
+"""Options of a continual run."""
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
     Rate = float | str  # a number or "auto"
 else:
     Rate = str  # what HfArgumentParser reads from a command line, where numbers are text
-
-_LABEL_LENGTH = 200  # characters
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclasses.dataclass
@@ -46,7 +41,15 @@ class EBLoRAConfig:
             is, `r` directions are left free for the next task.
         basis_dtype (`str`, defaults to `"float32"`): How the bases are stored, `"float32"` or `"bfloat16"`: half the
             size for some 1e-5 of the energy. They are made orthonormal again when they are read.
-        snapshot_fraction (`float`, defaults to 0.2): Share of a task's data that its gradient snapshots use.
+        snapshot_samples (`int`, defaults to 64): How many samples of a task the snapshot before its training uses at
+            most: a 32nd of those that the training will see, but 8 in any case. Where a basis needs a snapshot, it
+            uses four times `snapshot_samples`.
+        observe_steps (`float`, defaults to 0.2): Share of the training steps at whose end the token gradients of a
+            basis are observed, in the passes that train, instead of in a snapshot afterwards; or as many steps as
+            `snapshot_samples` samples take, at most half. A snapshot is taken where too little was observed: after an
+            early stop, or if the best weights are those of an earlier step. 0 always takes one.
+        snapshot_fraction (`float`, *optional*): Share of a task's data for both snapshots, in place of
+            `snapshot_samples` and `observe_steps`; as published.
         snapshot_sampling (`str`, defaults to `"random"`): `"random"` with the seed of the arguments, or `"even"`
             spacing as in the released code.
         snapshot_at (`str`, defaults to `"current"`): Weights at which snapshots are taken: `"current"`, or
@@ -104,8 +107,14 @@ class EBLoRAConfig:
     basis_dtype: Literal["float32", "bfloat16"] = dataclasses.field(
         default="float32", metadata={"help": "How the bases are stored."}
     )
-    snapshot_fraction: float = dataclasses.field(
-        default=0.2, metadata={"help": "Share of a task's data used by its gradient snapshots."}
+    snapshot_samples: int = dataclasses.field(
+        default=64, metadata={"help": "Most samples of the snapshot before a task."}
+    )
+    observe_steps: float = dataclasses.field(
+        default=0.2, metadata={"help": "Share of the steps, the last ones, in which a basis is observed."}
+    )
+    snapshot_fraction: float | None = dataclasses.field(
+        default=None, metadata={"help": "Share of a task's data used by its snapshots, instead of both."}
     )
     snapshot_sampling: Literal["random", "even"] = dataclasses.field(
         default="random", metadata={"help": "How the samples of a snapshot are chosen."}
@@ -163,7 +172,7 @@ class EBLoRAConfig:
         for name in ("energy_threshold", "max_basis_fraction", "snapshot_fraction", "stored_energy"):
             if getattr(self, name) is not None and not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in (0, 1].")
-        for name in ("weight_energy", "earlier_tasks_error", "replay_fraction"):
+        for name in ("weight_energy", "earlier_tasks_error", "replay_fraction", "observe_steps"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in [0, 1).")
         for name in (
@@ -187,7 +196,7 @@ class EBLoRAConfig:
                 f"EBLoRAConfig(replay_fraction={self.replay_fraction!r}, heads={self.heads!r}): rows of earlier tasks "
                 "have labels that the head in training does not answer. Set replay_fraction=0."
             )
-        for name in ("num_layers", "snapshot_sketch", "replay_batch"):
+        for name in ("num_layers", "snapshot_samples", "snapshot_sketch", "replay_batch"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a positive whole number.")
@@ -213,6 +222,7 @@ class EBLoRAConfig:
             "step_scaling": "rank",
             "snapshot_at": "pretrained",
             "snapshot_sampling": "even",
+            "snapshot_fraction": 0.2,
             "num_layers": 32,
         }
         if name == "ucit":
@@ -241,96 +251,3 @@ def check_rate(name: str, value: Any) -> float | str:
     if not 0.0 < rate < math.inf:
         raise ValueError(f"{name}={value!r}: expected a positive number or 'auto'.")
     return rate
-
-
-@dataclasses.dataclass
-class Task:
-    """
-    One task of a sequence. What is `None` comes from the arguments of the trainer.
-
-    Args:
-        name (`str`): Letters, digits, `.`, `_` and `-`; it becomes the name of a folder.
-        train_dataset: The training set, with a length.
-        eval_dataset (*optional*): The evaluation set of the task.
-        labels (`list[str]`, *optional*): Names of its labels, by their numbers in the data. By default those of the
-            `ClassLabel` in a column `label` or `labels`, if there is one.
-        num_train_epochs (`float`, *optional*), max_steps (`int`, *optional*), learning_rate (`float`, *optional*):
-            Instead of those in `TrainingArguments`. Setting the epochs lifts `max_steps` of the arguments for this
-            task.
-        direction_lr (`float` or `"auto"`, *optional*), scale_lr (`float` or `"auto"`, *optional*):
-            Instead of those in [`EBLoRAConfig`].
-    """
-
-    name: str
-    train_dataset: Any
-    eval_dataset: Any = None
-    num_train_epochs: float | None = None
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    direction_lr: float | str | None = None
-    scale_lr: float | str | None = None
-    labels: list[str] | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.name, str) or not _TASK_NAME.fullmatch(self.name) or self.name.endswith("."):
-            raise ValueError(
-                f"The task name {self.name!r} is not a safe folder name: use up to 64 letters, digits, '.', '_' and "
-                "'-', starting with a letter or digit."
-            )
-        if self.train_dataset is None:
-            raise ValueError(f"The task {self.name!r} has no training set.")
-        if self.num_train_epochs is not None and self.max_steps is not None:
-            raise ValueError(f"The task {self.name!r} sets both num_train_epochs and max_steps; set one.")
-        for name in ("num_train_epochs", "max_steps", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"The task {self.name!r} sets {name}={value!r}: expected a positive number.")
-        for name in ("direction_lr", "scale_lr"):
-            if getattr(self, name) is not None:
-                setattr(self, name, check_rate(name, getattr(self, name)))
-        if self.labels is not None:
-            names = list(self.labels) if isinstance(self.labels, list | tuple) else []
-            plain = all(isinstance(label, str) and 0 < len(label) <= _LABEL_LENGTH for label in names)
-            if not plain or not names or len(set(names)) < len(names):
-                raise ValueError(
-                    f"The task {self.name!r} has labels={self.labels!r:.200}: expected a list of different names, "
-                    f"each of 1 to {_LABEL_LENGTH} characters."
-                )
-            self.labels = names
-
-
-class TaskSequence:
-    """
-    Tasks in the order they are learnt.
-
-    Args:
-        tasks (`list[Task]` or `dict[str, dataset]`): Tasks, or training sets by task name.
-
-    Raises:
-        ValueError: if there is none, or two have the same name.
-    """
-
-    def __init__(self, tasks: list[Task] | Mapping[str, Any]):
-        if isinstance(tasks, Mapping):
-            tasks = [Task(name, dataset) for name, dataset in tasks.items()]
-        self.tasks = list(tasks)
-        for task in self.tasks:
-            if not isinstance(task, Task):
-                raise TypeError(f"A TaskSequence is made of Task objects, got {type(task).__name__}.")
-        if not self.tasks:
-            raise ValueError("A sequence needs at least one task, got none.")
-        seen = set()
-        for name in self.names:
-            if name.lower() in seen:  # folders on some file systems ignore case
-                raise ValueError(f"Two tasks are named {name!r}; every task needs a name of its own.")
-            seen.add(name.lower())
-
-    @property
-    def names(self) -> list[str]:
-        return [task.name for task in self.tasks]
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.tasks)

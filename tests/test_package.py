@@ -13,7 +13,7 @@ import eblora_hf
 ROOT = Path(eblora_hf.__file__).parent
 # from the roof down: a wing imports from itself and from those below
 WINGS = ["cli", "analysis", "benchmark", "trainers", "methods", "published", "memory", "manifold", "adapters", "root"]
-ROOMS_OF_ROOT = {"config", "metrics", "version"}  # what every wing may import
+ROOMS_OF_ROOT = {"config", "metrics", "tasks", "version"}  # what every wing may import
 MODULES = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in ROOT.rglob("*.py"))
 
 

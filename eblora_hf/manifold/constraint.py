@@ -279,6 +279,15 @@ class StiefelConstraint(StepHooks):
             for index, layer in enumerate(self.layers)
         }
 
+    @property
+    def bases(self) -> dict[str, torch.Tensor]:
+        return {
+            self.layers[index].name: basis
+            for stack in self._stacks
+            for index, basis in zip(stack.layers, stack.bases, strict=True)
+            if basis is not None
+        }
+
     def deviation(self) -> tuple[float, float]:
         """The largest entries of |XᵀX - I| and |FᵀX| over all factors."""
         pairs = [maps.factor_deviation(stack.x, stack.basis) for stack in self._stacks]

@@ -33,6 +33,7 @@ class FactorStack:
     Attributes:
         x, values, gradients (`torch.Tensor`): The masters, the parameters and their gradients.
         basis (`torch.Tensor` of shape `(n, d, p)`, *optional*): The bases.
+        bases (`list[torch.Tensor]`): Of each factor its own in it, `(d, p)`, or `None`.
         s, s_gradients (`torch.Tensor` of shape `(n,)`): The singular values, of which `scales` are slices.
         scales (`list[nn.Parameter]`): One of shape `(1,)` for each factor U.
         exact_bases (`bool`): Whether the bases are orthonormal to rounding; those of released files are not.
@@ -61,6 +62,7 @@ class FactorStack:
                 row[:width].copy_(basis.mT)
             self.basis = rows.mT
             restrictions = [basis[:, :width] for basis, width in zip(rows.mT, widths, strict=True)]
+        self.bases = restrictions
         values = gather([parameter.detach() for parameter in parameters])
         gradients = torch.zeros_like(values)
         self.values, self.gradients = self._tall(values), self._tall(gradients)

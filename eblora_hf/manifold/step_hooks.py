@@ -83,6 +83,11 @@ class StepHooks:
         return {}
 
     @property
+    def bases(self) -> dict[str, torch.Tensor]:
+        """By layer name the basis `(d_in, p)` that it keeps a factor out of, on the factor's device."""
+        return {}
+
+    @property
     def rates(self) -> dict[str, float]:
         """Learning rates of its own, for the record of a task."""
         return {}

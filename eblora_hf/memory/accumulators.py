@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..manifold.maps import restrict
 from .sketch import Sketch
 
 _CHECKS = 64  # random combinations of rows that are kept out of a sketch to measure it
@@ -42,11 +43,11 @@ class Storage:
             return MatrixSum(self, d_out, d_in)
         return MatrixSketch(self, d_out, d_in)
 
-    def moment(self, d_in: int) -> "MomentSum | MomentSketch":
-        """For a sum of outer products of rows `(d_in,)`."""
+    def moment(self, d_in: int, basis: torch.Tensor | None = None) -> "MomentSum | MomentSketch":
+        """For a sum of outer products of rows `(d_in,)`; a sketch is of what lies outside a basis."""
         if self.sketch is None or self.sketch >= d_in // 2:
             return MomentSum(self, d_in)
-        return MomentSketch(self, d_in)
+        return MomentSketch(self, d_in, basis)
 
 
 class MatrixSum:
@@ -154,16 +155,23 @@ class MomentSketch:
 
     The Nyström approximation K Ω (Ωᵀ K Ω)⁻¹ Ωᵀ K lies below K: the energy a direction has in it is never more than it
     has in K, so that a basis chosen from it, measured against the exact trace, holds at least what it seems to hold.
+
+    With a basis F `(d_in, p)` of earlier tasks K is that of the rows x (I - F Fᵀ), and tr(Fᵀ Σ x xᵀ F) a further sum:
+    what those tasks hold already would fill the sketch.
     """
 
-    def __init__(self, storage: Storage, d_in: int):
-        self._storage, self._k, self._d_in = storage, storage.columns, d_in
+    def __init__(self, storage: Storage, d_in: int, basis: torch.Tensor | None = None):
+        self._storage, self._k, self._d_in, self._basis = storage, storage.columns, d_in, basis
         self._product: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
-        product, trace = self.tensors(x)
+        product, traces = self.tensors(x)
+        whole = x.square().sum(dtype=torch.float64)
+        if self._basis is not None:
+            x = restrict(x.T, self._basis.to(x)).T
+        outside = x.square().sum(dtype=torch.float64)
         product.add_((x.T @ (x @ self._omega)).to(product.device))
-        trace.add_(x.double().square().sum().to(trace.device))
+        traces.add_(torch.stack([outside, whole - outside]).to(traces.device))
 
     def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
         if self._product is None:
@@ -171,13 +179,15 @@ class MomentSketch:
             omega = _gaussian(self._d_in, self._k, torch.device("cpu"), torch.float64)
             self._omega = torch.linalg.qr(omega).Q.to(like.device, dtype)
             self._product = torch.zeros(self._d_in, self._k, dtype=dtype, device=device)
-            self._trace = torch.zeros((), dtype=torch.float64, device=device)
-        return [self._product, self._trace]
+            self._traces = torch.zeros(2, dtype=torch.float64, device=device)  # outside the basis, and inside
+        return [self._product, self._traces]
 
     def mean(self, count: float) -> Sketch:
         dtype = _seen(self._product).dtype
         omega = self._omega.double()
         product = _seen(self._product).to(omega.device).double() / count
+        if not torch.isfinite(product).all() or not product.any():
+            return Sketch(product.mT.to(dtype))  # for whoever takes directions of it to refuse
         # shifted by the rounding of the sums, without which the small matrix need not be positive
         shift = torch.finfo(dtype).eps * product.norm() * product.shape[1] ** 0.5
         product = product + shift * omega
@@ -187,7 +197,8 @@ class MomentSketch:
         left, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
         energies = (sigma.square() - shift).clamp_min(0.0)
         matrix = (left * energies.sqrt()).mT.to(dtype)
-        return Sketch(matrix, energy=self._trace.item() / count)
+        outside, inside = (self._traces / count).tolist()
+        return Sketch(matrix, energy=outside + inside, inside=None if self._basis is None else inside)
 
 
 def _seen(total: torch.Tensor | None) -> torch.Tensor:

@@ -39,6 +39,7 @@ def extend_basis(
     max_columns: int | None = None,
     second_moment: bool = False,
     total: float | None = None,
+    inside: float | None = None,
     name: str = "gradient",
 ) -> BasisExtension:
     """
@@ -57,6 +58,7 @@ def extend_basis(
         max_columns (`int`, *optional*): Cap on k; the columns of largest energy are kept.
         second_moment (`bool`, defaults to `False`): The matrix is K = GᵀG `(d_in, d_in)`, whose energy is its trace.
         total (`float`, *optional*): E, where it is known and `matrix` is a part of what it belongs to (a sketch).
+        inside (`float`, *optional*): The energy in the basis, where it is known and `matrix` is of the rest.
         name (`str`): Layer to name in errors.
 
     Returns:
@@ -86,7 +88,7 @@ def extend_basis(
         residual = outside(matrix, basis, second_moment=second_moment)
         held, rest = energy(matrix), energy(residual)  # no decomposition needed
         total = held if total is None else total
-        inside = 0.0 if basis is None else (held - rest) / total  # a₀
+        inside = ((held - rest) if inside is None else inside) / total if basis is not None else 0.0  # a₀
         directions, found = leading_directions(residual, (threshold - inside) * total, second_moment=second_moment)
         energies = inside + found.cumsum(0) / total  # a₁, a₂, …
         # a sum that only seems to reach the threshold would not do

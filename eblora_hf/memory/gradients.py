@@ -36,11 +36,16 @@ def snapshot_indices(num_samples: int, fraction: float, seed: int | None = None)
     >>> snapshot_indices(10, 0.5)
     [0, 2, 4, 6, 9]
     """
-    if num_samples < 1:
-        raise ValueError("The gradient snapshot needs data, but the training set of the task is empty.")
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"snapshot_fraction lies in (0, 1], got {fraction}.")
-    count = max(int(num_samples * fraction), 1)
+    return choose_indices(num_samples, max(int(num_samples * fraction), 1), seed)
+
+
+def choose_indices(num_samples: int, count: int, seed: int | None = None) -> list[int]:
+    """`count` of the samples, or all; chosen as [`snapshot_indices`] does."""
+    if num_samples < 1:
+        raise ValueError("The gradient snapshot needs data, but the training set of the task is empty.")
+    count = min(count, num_samples)
     if seed is None:
         return torch.linspace(0, num_samples - 1, count, dtype=torch.float32).long().tolist()
     permutation = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
@@ -157,10 +162,11 @@ class _Observe(torch.autograd.Function):
         return gradient, None, None
 
 
+See = Callable[[AdaptedLayer, torch.Tensor, torch.Tensor], None]
+
+
 @contextlib.contextmanager
-def observed_gradients(
-    model: nn.Module, layers: list[AdaptedLayer], see: Callable[[AdaptedLayer, torch.Tensor, torch.Tensor], None]
-) -> Iterator[None]:
+def observed_gradients(model: nn.Module, layers: list[AdaptedLayer], see: See) -> Iterator[None]:
     """
     Within the context every backward pass calls `see` with each layer, its inputs X `(..., d_in)` and dL/dY `(...,
     d_out)`. No parameter gets a gradient.
@@ -170,17 +176,28 @@ def observed_gradients(
         x = arguments[0]
         return (x if x.requires_grad else x.detach().requires_grad_(), *arguments[1:])
 
-    def observe(layer: AdaptedLayer) -> Callable:
+    handles = [layer.module.register_forward_pre_hook(let_gradients_flow) for layer in layers]
+    try:
+        with watched_gradients(layers, see), _untouched(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def watched_gradients(layers: list[AdaptedLayer], see: See) -> Iterator[None]:
+    """[`observed_gradients`] while a model is trained: its parameters get the gradients that they would get anyway."""
+
+    def watch(layer: AdaptedLayer) -> Callable:
         def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
             return _Observe.apply(output, arguments[0], partial(see, layer))
 
         return hook
 
-    handles = [layer.module.register_forward_pre_hook(let_gradients_flow) for layer in layers]
-    handles += [layer.module.register_forward_hook(observe(layer)) for layer in layers]
+    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
     try:
-        with _untouched(model):
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

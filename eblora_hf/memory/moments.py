@@ -46,7 +46,7 @@ def feature_moments(
     Raises:
         ValueError: if there is no batch, or a layer received no input; the message names the layer.
     """
-    moments = _Moments(layers, storage)
+    moments = Moments(layers, storage)
     # a decoder's own mask may have the shape of the encoder's by accident, so that only one-stream models are masked
     masked = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     mask: torch.Tensor | None = None
@@ -90,14 +90,12 @@ def token_gradient_moments(
     Args, return value and errors are those of [`feature_moments`], but for `loss`, which maps model and inputs to the
     scalar mean loss of the batch. The gradients are those of the sum over its n samples.
     """
-    moments = _Moments(layers, storage)
+    moments = Moments(layers, storage)
     samples = 0
 
     def add(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
-        if samples == 0:
-            return
-        weights = (delta.to(layer.sum_dtype) * samples).norm(dim=-1, keepdim=True)  # ‖δ‖, (..., 1)
-        moments.add(layer, x * weights)
+        if samples:
+            moments.add(layer, x, squared_norms(delta, samples))
 
     with observed_gradients(model, layers, add):
         for inputs, count in batches:
@@ -106,31 +104,110 @@ def token_gradient_moments(
     return moments.means()
 
 
-class _Moments:
-    """Sums of x xᵀ by layer, in float32 or wider."""
+def squared_norms(delta: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """‖scale·δ‖² of each row of δ `(..., d)`, in float32 or wider, `(...)`."""
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    return (torch.linalg.vector_norm(delta, dim=-1, dtype=dtype) * scale).square()
 
-    def __init__(self, layers: list[AdaptedLayer], storage: Storage):
-        self._layers = layers
-        self._sums = {layer.name: storage.moment(layer.d_in) for layer in layers}
+
+class Moments:
+    """
+    Sums of w x xᵀ by layer, in float32 or wider.
+
+    Args:
+        layers (`list[AdaptedLayer]`): The layers.
+        storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
+        bases (`dict[str, torch.Tensor]`, *optional*): By layer name orthonormal columns `(d_in, p)`. A sketch then
+            keeps what lies outside them, and of what lies inside no more than its energy.
+    """
+
+    def __init__(self, layers: list[AdaptedLayer], storage: Storage, bases: dict[str, torch.Tensor] | None = None):
+        self._layers, bases = layers, bases or {}
+        self._sums = {layer.name: storage.moment(layer.d_in, bases.get(layer.name)) for layer in layers}
         self._counts = dict.fromkeys(self._sums, 0)
 
-    def add(self, layer: AdaptedLayer, x: torch.Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1]).to(layer.sum_dtype)  # (tokens, d_in)
-        self._sums[layer.name].add(x)
+    def add(
+        self, layer: AdaptedLayer, x: torch.Tensor, weights: torch.Tensor | None = None, at_most: int | None = None
+    ) -> None:
+        """
+        Adds the tokens of a batch.
+
+        Args:
+            layer (`AdaptedLayer`): One of the layers.
+            x (`torch.Tensor` of shape `(..., d_in)`): Their inputs.
+            weights (`torch.Tensor` of shape `(...)`, *optional*): w of each, 1 by default.
+            at_most (`int`, *optional*): If there are more, so many stand for all of them, see [`representatives`].
+        """
+        x = x.detach().reshape(-1, x.shape[-1])  # (tokens, d_in)
         self._counts[layer.name] += len(x)
+        if weights is not None:
+            x = representatives(x, weights.detach().reshape(-1), at_most, layer.sum_dtype)
+        self._sums[layer.name].add(x.to(layer.sum_dtype))
+
+    def missing(self) -> list[str]:
+        """The layers of which nothing was added on any process."""
+        return [name for name, count in self._all_counts().items() if count == 0]
+
+    def _all_counts(self) -> dict[str, int]:
+        """Tokens by layer name, over all processes."""
+        counts = torch.tensor(list(self._counts.values()), device=self._layers[0].weight.device)
+        if _distributed():
+            torch.distributed.all_reduce(counts)
+        return dict(zip(self._counts, counts.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The sums of this process so far, to go on from."""
+        state = {f"{name}.tokens": torch.tensor(count) for name, count in self._counts.items()}
+        for layer in self._layers:
+            for number, total in enumerate(self._sums[layer.name].tensors(like=layer.weight)):
+                state[f"{layer.name}.{number}"] = total
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Adds sums that [`state_dict`] has given."""
+        for layer in self._layers:
+            self._counts[layer.name] += int(state[f"{layer.name}.tokens"])
+            for number, total in enumerate(self._sums[layer.name].tensors(like=layer.weight)):
+                total.add_(state[f"{layer.name}.{number}"].to(total))
 
     def means(self) -> dict[str, torch.Tensor | Sketch]:
-        """By layer name the mean over all processes."""
-        means, distributed = {}, torch.distributed.is_available() and torch.distributed.is_initialized()
+        """By layer name the mean over all tokens of all processes; the sums are let go."""
+        means, counts = {}, self._all_counts()
         for layer in self._layers:
-            count = torch.tensor(self._counts[layer.name], device=layer.weight.device)
-            if distributed:
-                for summand in (count, *self._sums[layer.name].tensors(like=layer.weight)):
-                    all_reduce(summand, layer.weight.device)
-            if count == 0:
+            if counts[layer.name] == 0:
                 raise ValueError(
                     f"{layer.name}: the snapshot's batches say nothing of this layer, so it cannot be protected. Is "
                     "the training set empty? If not, leave the layer out of `target_modules`."
                 )
-            means[layer.name] = self._sums.pop(layer.name).mean(count.item())
+            total = self._sums.pop(layer.name)
+            for summand in total.tensors(like=layer.weight) if _distributed() else ():
+                all_reduce(summand, layer.weight.device)
+            means[layer.name] = total.mean(counts[layer.name])
         return means
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def representatives(x: torch.Tensor, weights: torch.Tensor, count: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Rows y `(n, d)` with Σ y yᵀ ≈ Σ w x xᵀ, of the same trace: all rows √w x, or `count` for all of them.
+
+    Those are drawn in proportion to their energies w‖x‖², at equal distances along the sum of these (systematic
+    sampling), and get the same energy each. Nothing in it is random.
+
+    Args:
+        x (`torch.Tensor` of shape `(tokens, d)`): Rows.
+        weights (`torch.Tensor` of shape `(tokens,)`): w.
+        count (`int`, *optional*): How many are enough.
+        dtype (`torch.dtype`): Of the result.
+    """
+    if count is None or count >= len(x):
+        return x.to(dtype) * weights.sqrt().unsqueeze(-1)
+    cumulative = (squared_norms(x) * weights).double().cumsum(0)
+    energy = cumulative[-1] / count
+    positions = energy * (torch.arange(count, device=x.device, dtype=torch.float64) + 0.5)
+    rows = x[torch.searchsorted(cumulative, positions).clamp_(max=len(x) - 1)].to(dtype)
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows * (energy.sqrt().to(dtype) / lengths.clamp_min(torch.finfo(dtype).tiny))

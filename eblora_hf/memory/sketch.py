@@ -19,6 +19,7 @@ class Sketch:
         matrix (`torch.Tensor` of shape `(k, d_in)`): X with M ≈ `left` X; or, for a second moment K, XᵀX below K.
         left (`torch.Tensor` of shape `(m, k)`, *optional*): Orthonormal columns.
         energy (`float`, *optional*): The trace of K, which is known exactly.
+        inside (`float`, *optional*): How much of it lies in the basis of earlier tasks, if `matrix` is of the rest.
         checks (`torch.Tensor` of shape `(q, d_in)`, *optional*): Random combinations of the rows of M that the sketch
             has not seen: what share of them a basis holds estimates what share of M it holds.
     """
@@ -26,6 +27,7 @@ class Sketch:
     matrix: torch.Tensor
     left: torch.Tensor | None = None
     energy: float | None = None
+    inside: float | None = None
     checks: torch.Tensor | None = None
 
 
@@ -55,7 +57,13 @@ def extend_basis_from_sketch(
     """
     if sketch.checks is None:
         extension = extend_basis(
-            sketch.matrix, basis, threshold=threshold, max_columns=max_columns, total=sketch.energy, name=name
+            sketch.matrix,
+            basis,
+            threshold=threshold,
+            max_columns=max_columns,
+            total=sketch.energy,
+            inside=sketch.inside,
+            name=name,
         )
     else:
         aim = threshold

@@ -39,6 +39,8 @@ def leading_directions(
             energies = energies.flip(0).clamp_min(0.0)
             if energies.sum().item() >= energy + margin:
                 return basis @ vectors.flip(1).to(basis.dtype), energies
+            if energies.sum().item() + 3 * size * energies[-1].item() < energy:
+                break  # four times as many would not do either: each further one has at most the energy of the last
             size *= 4
     return _all_directions(matrix, second_moment)
 
@@ -75,7 +77,7 @@ def principal_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
         `tuple` of U `(m, r)`, σ `(r,)` in descending order and V `(n, r)`.
     """
     size = 2 * rank + 32
-    if min(matrix.shape) <= max(_SMALL, size * _LARGEST_SHARE):
+    if min(matrix.shape) <= size * _LARGEST_SHARE:
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], sigma[:rank], right[:rank].mT
     basis = _find_range(matrix, size, False, iterations=4)

@@ -19,8 +19,9 @@ from transformers.utils import logging
 from ..adapters.heads import find_heads, has_fresh_head, label_layer
 from ..adapters.layers import AdaptedLayer, is_quantized
 from ..adapters.leftovers import mark_wrapped, take_off_unfinished, trained_adapter, unwrapped
-from ..config import EBLoRAConfig, Task, TaskSequence
+from ..config import EBLoRAConfig
 from ..manifold.optimizers import check_optimizer, plain_optimizer
+from ..tasks import Task, TaskSequence
 from .fsdp import unsupported_launcher
 
 logger = logging.get_logger(__name__)

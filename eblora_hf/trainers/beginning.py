@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..config import Task
 from ..memory.basis import BasisExtension
 from ..published.plain_lora import Adapter
 from ..published.sequence import PublishedSequence
+from ..tasks import Task
 from .adoption import check_adoptable, name_of, read_plain, snapshots_of_update
 from .callback import TaskSequenceCallback
 from .constrained import ConstrainedMixin

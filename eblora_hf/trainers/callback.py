@@ -12,13 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..adapters.states import AdapterState
-from ..config import EBLoRAConfig, Task
+from ..config import EBLoRAConfig
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis
 from ..metrics import accuracy_matrix
 from ..published.index import root_rows
 from ..published.schema import as_plain
 from ..published.sequence import PublishedSequence
+from ..tasks import Task
 from ..version import __version__
 
 logger = logging.get_logger(__name__)

@@ -1,17 +1,11 @@
 """The part of a `Trainer` that one task needs: gradient snapshots, a constrained optimizer, complete checkpoints."""
 
-import contextlib
-import copy
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, find_executable_batch_size
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
@@ -19,26 +13,22 @@ from ..adapters.factors import load_state, save_state
 from ..adapters.sharding import whole
 from ..adapters.switches import acts, is_switched_by_us, switch_back
 from ..manifold.optimizers import plain_optimizer
-from ..methods.base import Snapshot, Snapshots
 from ..published.checks import check_finite
 from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
 from .fsdp import ShardedMixin
 from .measuring import MeasuringMixin
-from .replay import ReplayingMixin
-from .snapshots import take_snapshot
+from .snapshots import SnapshotMixin
 
 logger = logging.get_logger(__name__)
 
 _NEVER = 2**62  # a step that no training reaches
 
 
-class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
+class ConstrainedMixin(MeasuringMixin, SnapshotMixin, ShardedMixin):
     """
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
     allows.
     """
-
-    _stands_in = False  # optimizer and scheduler are those of a plan
 
     def start_from(self, start: dict[str, Any]) -> None:
         """Sets what the method's constraint of the next training starts from, and lets go of the one before."""
@@ -47,6 +37,7 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
         self.constraint, self._start = None, start
         self._state: dict[str, torch.Tensor] | None = None
         self.resumes_trained = False
+        self.forget_observation()
         self._bad_step: torch.Tensor | None = None
 
     def start_tensors(self) -> dict[str, torch.Tensor]:
@@ -55,102 +46,6 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
         for name, start in self._start.items():
             tensors |= {f"{key} of {name}": x for key, x in vars(start).items() if isinstance(x, torch.Tensor)}
         return tensors
-
-    def snapshot(self, dataset: Any, seed: int, of: Snapshot | None = "gradients") -> Snapshots:
-        """
-        What a data set says of the full weights, through the trainer's own collator and loss.
-
-        Args:
-            dataset: A map-style data set; `snapshot_fraction` of it is used.
-            seed (`int`): Seed of that choice.
-            of (`str`, *optional*): `"gradients"`, the mean gradient of each layer `(d_out, d_in)`;
-                `"token-gradients"` or `"features"`, the second moment `(d_in, d_in)` of its tokens' gradients or
-                inputs. `None` for nothing.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By layer name; with `snapshot_sketch` [`Sketch`] objects.
-        """
-        if of is None:
-            return {}
-        loader = self._loader(dataset)
-        take = find_executable_batch_size(  # as the parent's training does
-            lambda batch_size: take_snapshot(
-                self.model,
-                self.layers,
-                of,
-                samples=len(loader.dataset),  # type: ignore[arg-type]
-                load=lambda batches: self._inputs(loader, batches),
-                loss=self._snapshot_loss,
-                config=self.eblora_config,
-                seed=seed,
-                batch_size=batch_size,
-                process_index=self.args.process_index,
-                world_size=self.args.world_size,
-            ),
-            starting_batch_size=self._train_batch_size,
-            auto_find_batch_size=self.args.auto_find_batch_size,
-        )
-        logged = copy.deepcopy(vars(self).get("_metrics"))
-        try:
-            return take()
-        except Exception as error:
-            error.add_note(
-                "This happened while a snapshot of the task was taken, before or after its training: through the "
-                "trainer's own collator and loss, in evaluation mode."
-            )
-            raise
-        finally:
-            if logged is not None:  # TRL's loss functions keep sums for the log, which a snapshot is no part of
-                self._metrics = logged
-
-    def plan_training(self) -> None:
-        """
-        Sets the state to that of the beginning of the training to come, for the snapshot before it, and makes an
-        optimizer and a scheduler like those of training: a loss may depend on the step, the rate, what is trained.
-        """
-        steps = self.args.max_steps
-        if steps <= 0:
-            batches = len(self.get_train_dataloader())
-            steps_of_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
-            steps = math.ceil(self.args.num_train_epochs * steps_of_epoch)
-        self.state = TrainerState(max_steps=steps, num_train_epochs=math.ceil(self.args.num_train_epochs))
-        layerwise = "layerwise" in str(self.args.optim)  # steps inside the backward pass
-        self._stands_in = self.optimizer is None and not layerwise and not self.is_fsdp_enabled
-        if self._stands_in:
-            super().create_optimizer()
-            super().create_scheduler(steps, self.optimizer)
-
-    def forget_plan(self) -> None:
-        """Takes away the optimizer and the scheduler of [`plan_training`]: training makes its own."""
-        if self._stands_in:
-            self.optimizer, self.lr_scheduler, self._stands_in = None, None, False
-
-    def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
-        # a user's loss function is promised the number of items; models take their own mean without it, which no
-        # batch has whose labels are all ignored
-        count: Any = self._get_num_items_in_batch([inputs], self.args.device)
-        if not self.compute_loss_func:
-            count = None if count is None or count > 0 else 1
-        # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
-        bf16 = self.accelerator.mixed_precision == "bf16"
-        with self.heads.learning(), self.accelerator.autocast() if bf16 else contextlib.nullcontext():
-            return self.compute_loss(model, inputs, num_items_in_batch=count)
-
-    def _loader(self, dataset: Any) -> DataLoader:
-        """The loader that training would use for a data set, whoever has overridden `get_train_dataloader`."""
-        before, self.train_dataset = self.train_dataset, dataset
-        try:
-            with self.without_replay():
-                return self.get_train_dataloader()
-        finally:
-            self.train_dataset = before
-
-    def _inputs(self, loader: DataLoader, batches: list[list[int]]) -> Iterator[dict]:
-        """The given batches of a loader's rows, through its collator; accelerate would deal them out again."""
-        again: DataLoader = DataLoader(
-            loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, num_workers=loader.num_workers
-        )
-        return map(self._prepare_inputs, again)
 
     def set_trainable(self) -> None:
         """Sets which parameters of the adapter are trained."""
@@ -316,6 +211,7 @@ class ConstrainedMixin(MeasuringMixin, ReplayingMixin, ShardedMixin):
             state = load_state(checkpoint)
             self.start_from(self.method.resume(self.layers, state))
             self._state = state
+        self.load_observation(checkpoint)
         self.resumes_trained = is_trained(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -18,12 +18,13 @@ from ..adapters.factors import Factors
 from ..adapters.layers import find_layers, keep_differentiable
 from ..adapters.leftovers import begin_run, end_run, unwrapped
 from ..adapters.switches import free_switches, hold_switches
-from ..config import EBLoRAConfig, Task, TaskSequence
+from ..config import EBLoRAConfig
 from ..manifold.maps import flushed_denormals, multiplies_exactly
-from ..methods.base import Snapshot
+from ..methods.base import Snapshots
 from ..methods.build import build_method
 from ..published.locks import one_writer
 from ..published.schema import as_word
+from ..tasks import Task, TaskSequence
 from .arguments import by_name, check_frozen, check_layers, check_set_up, holds_tasks, read_tasks, with_adapter
 from .beginning import BeginningMixin
 from .callback import training_record
@@ -262,7 +263,8 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
                 self.plan_training()
             set_seed(seed)
             draw_lora_A(self.layers)
-            self.start_from(self._decompose(self.method.begin_task, self.method.starts_from, task, seed))
+            start = self.snapshot_of_start(task.train_dataset, seed)
+            self.start_from(self._decompose(self.method.begin_task, start))
             self.forget_plan()
         else:
             self.resume_from(checkpoint)
@@ -288,12 +290,13 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         return self.constraint.factors() if self.constraint is not None else {}, record
 
     def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], measured: Measured) -> None:
-        """Extends the bases by a snapshot at the trained weights, and appends the task to the sequence."""
+        """Extends the bases by what was observed at the trained weights, and appends the task to the sequence."""
         factors, record = trained
         if measured.metric is not None:
             record["metric"] = as_word(measured.metric)
         self.unwrap()
-        extensions = self._decompose(self.method.end_task, self.method.remembers, task, seed)
+        end = self.observed() or self.snapshot(task.train_dataset, seed, self.method.remembers)
+        extensions = self._decompose(self.method.end_task, end)
         adapter = folded_adapter(self.model, self.layers, factors)
         columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
         check_same_everywhere(adapter | columns)
@@ -319,9 +322,8 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
     def _checkpoint_folder(self, task: Task) -> Path:
         return Path(self.args.output_dir) / "checkpoints" / task.name
 
-    def _decompose(self, answer: Callable, of: Snapshot | None, task: Task, seed: int) -> dict[str, Any]:
-        """What the method answers of a snapshot of the task, which is let go again."""
-        snapshot = self.snapshot(task.train_dataset, seed, of)
+    def _decompose(self, answer: Callable, snapshot: Snapshots) -> dict[str, Any]:
+        """What the method answers of a snapshot of the task."""
         return spread_over_processes(lambda share: answer(share, snapshot, self.bases), self.layers)
 
     def _become_sum_of_tasks(self) -> None:

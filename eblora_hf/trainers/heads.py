@@ -20,9 +20,9 @@ from ..adapters.heads import (
     wrapped_heads,
 )
 from ..adapters.states import heads_of
-from ..config import TaskSequence
 from ..published.index import Heads
 from ..published.sequence import PublishedSequence
+from ..tasks import TaskSequence
 from .labels import check_label_numbers, set_labels, task_labels
 
 _NO_LOGIT = -1e4  # its exponential is zero; half precision holds it

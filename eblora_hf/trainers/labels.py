@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute  # type: ignore[import-untyped]
 
-from ..config import Task
+from ..tasks import Task
 
 _COLUMNS = ("labels", "label")
 _IGNORED = -100  # of the loss functions of torch and transformers

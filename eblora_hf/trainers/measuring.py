@@ -12,9 +12,9 @@ from transformers.utils import logging
 from ..adapters.composition import EARLIER_TASKS, concatenate, put_earlier_tasks
 from ..adapters.earlier_tasks import EarlierTasks
 from ..adapters.leftovers import begin_run
-from ..config import Task
 from ..published.adapter_files import check_fits
 from ..published.plain_lora import Adapter
+from ..tasks import Task
 from .adoption import read_source
 from .callback import TaskSequenceCallback
 from .evaluation import (

@@ -18,9 +18,9 @@ from ..adapters.layers import AdaptedLayer, find_layers
 from ..adapters.sharding import scatter, trains_shards
 from ..adapters.states import AdapterState, heads_of
 from ..adapters.switches import keep_heads_before
-from ..config import Task
 from ..methods.base import Method
 from ..methods.build import build_method
+from ..tasks import Task
 from .processes import spread_over_processes
 from .surface import TrainerSurface
 

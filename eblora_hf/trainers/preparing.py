@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ..config import Task, TaskSequence
+from ..tasks import Task, TaskSequence
 from .surface import TrainerSurface
 
 

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..config import Task
 from ..published.files import temporary_name
+from ..tasks import Task
 from .surface import TrainerSurface
 
 logger = logging.get_logger(__name__)

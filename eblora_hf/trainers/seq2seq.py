@@ -18,7 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..config import EBLoRAConfig, TaskSequence
+from ..config import EBLoRAConfig
+from ..tasks import TaskSequence
 from .arguments import Processing
 from .continual import ContinualMixin
 

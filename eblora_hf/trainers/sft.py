@@ -27,7 +27,8 @@ except ImportError as error:
         "ContinualEBLoRASFTTrainer needs TRL, which could not be imported. Install it: pip install 'eblora-hf[trl]'."
     ) from error
 
-from ..config import EBLoRAConfig, TaskSequence
+from ..config import EBLoRAConfig
+from ..tasks import TaskSequence
 from .arguments import Processing
 from .continual import ContinualMixin
 

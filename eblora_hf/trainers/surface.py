@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.layers import AdaptedLayer
-from ..config import EBLoRAConfig, TaskSequence
+from ..config import EBLoRAConfig
 from ..manifold.step_hooks import StepHooks
 from ..methods.base import Method
+from ..tasks import TaskSequence
 from .callback import TaskSequenceCallback
 from .heads import TaskHeads
 

@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..config import EBLoRAConfig, TaskSequence
+from ..config import EBLoRAConfig
+from ..tasks import TaskSequence
 from .arguments import Processing
 from .continual import ContinualMixin
 

@@ -11,7 +11,12 @@ from eblora_hf.manifold.constraint import StiefelConstraint
 from .timing import orthonormal
 
 # hidden size, feed-forward size, layers, heads, heads of keys and values
-_SIZES = {"tiny": (32, 48, 2, 2, 2), "97m": (768, 2048, 12, 12, 12), "1b": (2048, 8192, 16, 32, 8)}
+_SIZES = {
+    "tiny": (32, 48, 2, 2, 2),
+    "small": (512, 1376, 6, 8, 8),
+    "97m": (768, 2048, 12, 12, 12),
+    "1b": (2048, 8192, 16, 32, 8),
+}
 
 
 def make_llama(size: str, device: torch.device, layers: int | None = None) -> transformers.LlamaForCausalLM:
@@ -30,6 +35,23 @@ def make_llama(size: str, device: torch.device, layers: int | None = None) -> tr
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.LlamaForCausalLM(config)
+
+
+def make_bert(size: str, device: torch.device, classes: int) -> transformers.BertForSequenceClassification:
+    """A BERT of the same size."""
+    hidden, feed_forward, depth, heads, _ = _SIZES[size]
+    config = transformers.BertConfig(
+        vocab_size=8192,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        max_position_embeddings=16384,
+        num_labels=classes,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return transformers.BertForSequenceClassification(config)
 
 
 def with_lora(model: torch.nn.Module, rank: int) -> PeftModel:

@@ -104,7 +104,7 @@ def test_offloaded_sums_are_the_same(collect):
 def test_a_trainer_with_sketches_learns_two_tasks(tmp_path, basis_from, monkeypatch):
     """The layers of the tiny model are too small for a sketch that is worth it, so that rule is lifted."""
     monkeypatch.setattr(Storage, "matrix", lambda self, d_out, d_in: MatrixSketch(self, d_out, d_in))
-    monkeypatch.setattr(Storage, "moment", lambda self, d_in: MomentSketch(self, d_in))
+    monkeypatch.setattr(Storage, "moment", lambda self, d_in, basis=None: MomentSketch(self, d_in, basis))
     config = EBLoRAConfig(snapshot_sketch=30, energy_threshold=0.8, basis_from=basis_from, basis_dtype="bfloat16")
     trainer = make_trainer(tmp_path, eblora_config=config)
     trainer.train()

@@ -1,0 +1,82 @@
+"""The moments of a task's token gradients, summed in the backward passes that train it anyway."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..adapters.layers import AdaptedLayer
+from .accumulators import Storage
+from .gradients import watched_gradients
+from .moments import Moments, squared_norms
+from .sketch import Sketch
+
+_TOKENS_PER_INPUT = 8  # tokens that stand for all of a training, for each input of a layer
+
+
+class Observation:
+    """
+    The second moment of the gradients of single tokens, [`token_gradient_moments`], of the training steps within
+    [`watching`]. Of each pass as many tokens are taken as are needed to know the moment, not all.
+
+    Args:
+        layers (`list[AdaptedLayer]`): The layers that are trained.
+        storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
+        bases (`dict[str, torch.Tensor]`): Bases of the tasks before by layer name, for sketches.
+        passes (`int`): How many forward and backward passes of this process will be watched.
+        processes (`int`, defaults to 1): How many processes watch as many.
+        may_overflow (`bool`, defaults to `False`): Whether gradients may be infinite, as those of float16 may. The
+            tokens that have such gradients count for nothing; the optimizer makes no step of them either.
+
+    Attributes:
+        passes (`int`): How many have been watched.
+    """
+
+    def __init__(
+        self,
+        layers: list[AdaptedLayer],
+        storage: Storage,
+        bases: dict[str, torch.Tensor],
+        passes: int,
+        *,
+        processes: int = 1,
+        may_overflow: bool = False,
+    ):
+        self._layers, self._may_overflow = layers, may_overflow
+        self._moments = Moments(layers, storage, bases)
+        passes *= processes
+        self._tokens = {layer.name: math.ceil(_TOKENS_PER_INPUT * layer.d_in / passes) for layer in layers}
+        self.passes = 0
+
+    @contextlib.contextmanager
+    def watching(self, scale: float | torch.Tensor) -> Iterator[None]:
+        """Within the context backward passes are summed up. `scale` turns their gradients into those of a sum."""
+
+        def see(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
+            weights = squared_norms(delta, scale)
+            if self._may_overflow:
+                weights = torch.where(torch.isfinite(weights), weights, 0.0)
+                x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+            self._moments.add(layer, x, weights, self._tokens[layer.name])
+
+        with watched_gradients(self._layers, see):
+            yield
+        self.passes += 1
+
+    def missing(self) -> list[str]:
+        """The layers of which no process has seen anything."""
+        return self._moments.missing()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What this process has summed up so far, to go on from."""
+        return self._moments.state_dict() | {"passes": torch.tensor(self.passes)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Adds what a `state_dict` holds."""
+        self._moments.load_state_dict(state)
+        self.passes = max(self.passes, int(state["passes"]))
+
+    def means(self) -> dict[str, torch.Tensor | Sketch]:
+        """By layer name the mean over the tokens of all processes; the sums are let go."""
+        return self._moments.means()

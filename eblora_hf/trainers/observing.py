@@ -1,0 +1,148 @@
+"""What the last steps of a training say of its task, so that no pass over the data has to follow."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..memory.accumulators import Storage
+from ..memory.observation import Observation
+from ..memory.sketch import Sketch
+from ..published.files import tensor_bytes, write
+from .surface import TrainerSurface
+
+logger = logging.get_logger(__name__)
+
+_FILE = "eblora_observed-{}-of-{}.safetensors"  # of each process, beside a checkpoint
+_AT_MOST = 0.5  # of the steps: what they said before that is of other weights
+
+
+class ObservingMixin(TrainerSurface):
+    """Overrides the training step, which is observed towards the end of a task, and what a checkpoint holds of it."""
+
+    _observation: Observation | None = None
+    _observed_before: dict[str, torch.Tensor] | None = None  # by the run that is resumed
+
+    @property
+    def observed_steps(self) -> int:
+        """
+        How many of the last steps of a task are observed: the share `observe_steps` of them, or what it takes to see
+        `snapshot_samples` samples, at most half.
+        """
+        config, steps = self.eblora_config, self.state.max_steps
+        unwanted = config.snapshot_fraction is not None or config.snapshot_at != "current" or not config.observe_steps
+        # rows of earlier tasks are no part of the task, and a model need not keep rows apart
+        mixes = bool(config.replay_fraction and self.begun.sequence.tasks)
+        if self.method.remembers != "token-gradients" or unwanted or mixes:
+            return 0
+        wanted = max(config.observe_steps * steps, config.snapshot_samples / self.samples_of_step)
+        return max(min(math.ceil(wanted), math.floor(_AT_MOST * steps)), 1)
+
+    @property
+    def samples_of_step(self) -> int:
+        """Samples of one optimizer step on all processes."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def forget_observation(self) -> None:
+        """Lets go of what was observed of a task."""
+        self._observation, self._observed_before = None, None
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        self._observation = None  # a second attempt with a smaller batch begins anew (`auto_find_batch_size`)
+        return super().create_scheduler(*args, **kwargs)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.state.global_step < self.state.max_steps - self.observed_steps:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._observation is None:
+            self._observation = self._new_observation()
+        with self._observation.watching(self._scale(inputs, num_items_in_batch)):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _new_observation(self) -> Observation:
+        """One that goes on from what the resumed run has seen."""
+        observation = Observation(
+            self.layers,
+            Storage(self.eblora_config.snapshot_offload, self.eblora_config.snapshot_sketch),
+            self.bases | (self.constraint.bases if self.constraint is not None else {}),  # those on the device
+            self.observed_steps * self.args.gradient_accumulation_steps,
+            processes=self.args.world_size,
+            may_overflow=self.accelerator.mixed_precision == "fp16",
+        )
+        if self._observed_before is not None:
+            observation.load_state_dict(self._observed_before)
+        return observation
+
+    def _scale(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Any:
+        """What turns the gradients of a pass into those of the sum over its samples or items."""
+        # the parent's own rule of what it divides by
+        divided = getattr(self, "loss_is_scaled_for_ga", None)
+        if divided is None:
+            divided = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if divided and num_items is not None:
+            scale: Any = num_items
+        else:
+            scale = (find_batch_size(inputs) or 1) * self.current_gradient_accumulation_steps
+        scaler = self.accelerator.scaler
+        return scale if scaler is None else scale / scaler.get_scale()
+
+    def observed(self) -> dict[str, torch.Tensor | Sketch] | None:
+        """
+        What was observed of the task whose training has ended; `None`, and a line in the log, if that is too little.
+        """
+        wanted = self.observed_steps * self.args.gradient_accumulation_steps
+        if not wanted:
+            return None
+        if self._observation is None and self._observed_before is not None:
+            self._observation = self._new_observation()
+        observation, best = self._observation, self.state.best_global_step
+        self.forget_observation()
+        if observation is None or 2 * observation.passes < wanted:
+            reason = f"{0 if observation is None else observation.passes} of {wanted} passes were observed"
+        elif self.args.load_best_model_at_end and best and best <= self.state.max_steps - self.observed_steps:
+            reason = f"the best weights are those of step {best}"
+        elif missing := observation.missing():
+            reason = f"nothing was seen of {missing[0]}"
+        else:
+            return observation.means()
+        logger.warning(f"The end of the training says too little of the task ({reason}): a snapshot of it is taken.")
+        return None
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self._observation is not None:  # before the parent writes the state that says the checkpoint is whole
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            name = _FILE.format(self.args.process_index, self.args.world_size)
+            write(folder / name, tensor_bytes(self._observation.state_dict()))
+        super()._save_checkpoint(model, trial)
+
+    def load_observation(self, checkpoint: str) -> None:
+        """
+        Sets what the next observation goes on from: what this process has seen before, or, if there were more or
+        fewer processes, its share of what they have.
+
+        Raises:
+            ValueError: if a file is damaged.
+        """
+        index, count = self.args.process_index, self.args.world_size
+        own = Path(checkpoint) / _FILE.format(index, count)
+        files = [own] if own.is_file() else sorted(Path(checkpoint).glob(_FILE.format("*", "*")))[index::count]
+        self.forget_observation()
+        for file in files:
+            try:
+                state = safetensors.torch.load_file(file)
+            except safetensors.SafetensorError as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}). Delete the checkpoint folder and resume from an earlier one."
+                ) from error
+            before = self._observed_before or {}
+            summed = {key: value + before[key] if key in before else value for key, value in state.items()}
+            self._observed_before = summed | {"passes": state["passes"]}
