@@ -39,8 +39,11 @@ class EBLoRAConfig:
             adapters hold.
         max_basis_fraction (`float`, defaults to 1.0): Cap on the columns of a basis, as a share of d_in. Whatever it
             is, `r` directions are left free for the next task.
-        basis_dtype (`str`, defaults to `"float32"`): How the bases are stored, `"float32"` or `"bfloat16"`: half the
+        basis_dtype (`str`, defaults to `"bfloat16"`): How the bases are stored, `"float32"` or `"bfloat16"`: half the
             size for some 1e-5 of the energy. They are made orthonormal again when they are read.
+        basis_budget (`float`, *optional*, defaults to 4.0): How large the columns that a task adds to the bases may
+            be on disk, over its adapter in float32. Of all layers those with most of their layer's energy are kept;
+            what that leaves is in `training.json` and in the card. `None` sets no limit.
         snapshot_samples (`int`, defaults to 64): How many samples of a task the snapshot before its training uses at
             most: a 32nd of those that the training will see, but 8 in any case. Where a basis needs a snapshot, it
             uses four times `snapshot_samples`.
@@ -57,6 +60,8 @@ class EBLoRAConfig:
         snapshot_offload (`bool`, defaults to `False`): Sum snapshots in the memory of the CPU instead of the device.
         snapshot_sketch (`int`, *optional*): Keep sketches of so many columns of a snapshot's matrices instead of the
             matrices. A basis then takes some more columns; one that may hold less than `energy_threshold` is refused.
+            By default the sums are whole where they are small, and else sketches that take a quarter of the adapted
+            weights in 16 bits at most, of which a basis takes what they hold.
         earlier_tasks_error (`float`, defaults to 0.0): Relative error that the updates of earlier tasks may have in a
             layer while a further one is learnt beside weights of low precision, where they are a frozen adapter that
             grows otherwise. What is published of them stays exact. Weights of float32 have them merged instead.
@@ -105,7 +110,10 @@ class EBLoRAConfig:
         default=1.0, metadata={"help": "Cap on the columns of a basis, as a share of d_in."}
     )
     basis_dtype: Literal["float32", "bfloat16"] = dataclasses.field(
-        default="float32", metadata={"help": "How the bases are stored."}
+        default="bfloat16", metadata={"help": "How the bases are stored."}
+    )
+    basis_budget: float | None = dataclasses.field(
+        default=4.0, metadata={"help": "Most that a task adds to the bases on disk, over the size of its adapter."}
     )
     snapshot_samples: int = dataclasses.field(
         default=64, metadata={"help": "Most samples of the snapshot before a task."}
@@ -162,7 +170,7 @@ class EBLoRAConfig:
             setattr(self, name, check_rate(name, getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and field.default is None:
+            if value is None and type(None) in get_args(field.type):
                 continue
             kind = get_args(field.type)[0] if type(None) in get_args(field.type) else field.type
             if kind is float:  # YAML reads 1e-3 as text
@@ -184,6 +192,8 @@ class EBLoRAConfig:
         ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
+        if self.basis_budget is not None and not 0.0 < self.basis_budget < math.inf:
+            raise ValueError(f"EBLoRAConfig(basis_budget={self.basis_budget!r}): expected a positive number, or None.")
         if self.method == "olora" and self.earlier_tasks_error:
             raise ValueError(
                 f"EBLoRAConfig(earlier_tasks_error={self.earlier_tasks_error!r}): O-LoRA's penalty is on the earlier "
@@ -223,6 +233,8 @@ class EBLoRAConfig:
             "snapshot_at": "pretrained",
             "snapshot_sampling": "even",
             "snapshot_fraction": 0.2,
+            "basis_dtype": "float32",
+            "basis_budget": None,
             "num_layers": 32,
         }
         if name == "ucit":

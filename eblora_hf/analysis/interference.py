@@ -98,8 +98,11 @@ def interference_report(trainer: ContinualMixin) -> list[LayerInterference]:
             "The report compares a new task with a published sequence: build the trainer with `sequence=…` and the "
             "task's `train_dataset`."
         )
-    if trainer.eblora_config.snapshot_sketch is not None:
-        raise ValueError("The report needs whole gradients: build the trainer without `snapshot_sketch`.")
+    if trainer.storage_of("gradients").sketch is not None:
+        raise ValueError(
+            "The report needs whole gradients, not sketches of them: build the trainer with `snapshot_offload=True`, "
+            "which keeps them in the memory of the CPU, and without `snapshot_sketch`."
+        )
     if trainer.task_callback is not None:
         raise ValueError("The trainer was trained already. Build a fresh one, with the next task's data.")
     with tempfile.TemporaryDirectory() as folder:

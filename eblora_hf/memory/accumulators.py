@@ -4,7 +4,7 @@ A sketch holds a matrix `d_out x d_in` or `d_in x d_in` in some columns. Sources
 for a matrix seen once (arXiv 1609.00048) and for a positive semi-definite one (arXiv 1706.05736).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,41 @@ class Storage:
 
     offload: bool = False
     sketch: int | None = None
+    _drawn: dict[tuple, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def gaussian(self, rows: int, columns: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        """Random numbers, the same on every process and device; one matrix for all layers of a shape."""
+        key = (rows, columns, like.device, like.dtype, seed)
+        if key not in self._drawn:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32)
+            self._drawn[key] = drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return self._drawn[key]
+
+    def orthonormal(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+        """The same, made orthonormal."""
+        key = (rows, columns, like.device, like.dtype)
+        if key not in self._drawn:
+            drawn = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+            q = torch.linalg.qr(drawn.double()).Q
+            self._drawn[key] = q.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return self._drawn[key]
+
+    def numbers(self, d_out: int, d_in: int, *, second_moment: bool) -> int:
+        """Numbers in the sum of a layer, [`moment`] or [`matrix`], without random ones."""
+        if second_moment:
+            return d_in * (self.columns if self.sketches_moment(d_in) else d_in)
+        if self.sketches_matrix(d_out, d_in):
+            return (3 * self.columns + _CHECKS) * d_in + self.columns * d_out
+        return d_out * d_in
+
+    def random_numbers(self, d_out: int, d_in: int, *, second_moment: bool) -> dict[tuple, int]:
+        """How many random numbers belong to it, by what layers share."""
+        if second_moment:
+            return {(d_in, 0): d_in * self.columns} if self.sketches_moment(d_in) else {}
+        if not self.sketches_matrix(d_out, d_in):
+            return {}
+        return {(d_in, 0): d_in * self.columns, (d_out, 1): d_out * (3 * self.columns + _CHECKS)}
 
     def device(self, tensor: torch.Tensor) -> torch.device:
         return torch.device("cpu") if self.offload else tensor.device
@@ -37,17 +72,21 @@ class Storage:
             raise ValueError("This storage keeps no sketches: Storage(sketch=…) says of how many columns.")
         return self.sketch
 
+    def sketches_matrix(self, d_out: int, d_in: int) -> bool:
+        """Whether a sketch is kept of matrices of that shape, small ones being no larger than their sketch."""
+        return self.sketch is not None and 3 * self.sketch + _CHECKS < min(d_out, d_in)
+
+    def sketches_moment(self, d_in: int) -> bool:
+        """Whether a sketch is kept of moments of that size."""
+        return self.sketch is not None and self.sketch < d_in // 2
+
     def matrix(self, d_out: int, d_in: int) -> "MatrixSum | MatrixSketch":
         """For a sum of matrices `(d_out, d_in)`."""
-        if self.sketch is None or 3 * self.sketch + _CHECKS >= min(d_out, d_in):
-            return MatrixSum(self, d_out, d_in)
-        return MatrixSketch(self, d_out, d_in)
+        return (MatrixSketch if self.sketches_matrix(d_out, d_in) else MatrixSum)(self, d_out, d_in)
 
     def moment(self, d_in: int, basis: torch.Tensor | None = None) -> "MomentSum | MomentSketch":
         """For a sum of outer products of rows `(d_in,)`; a sketch is of what lies outside a basis."""
-        if self.sketch is None or self.sketch >= d_in // 2:
-            return MomentSum(self, d_in)
-        return MomentSketch(self, d_in, basis)
+        return MomentSketch(self, d_in, basis) if self.sketches_moment(d_in) else MomentSum(self, d_in)
 
 
 class MatrixSum:
@@ -101,8 +140,8 @@ class MatrixSketch:
     def _start(self, like: torch.Tensor) -> torch.Tensor:
         (d_out, d_in), k = self._shape, self._k
         dtype, device = torch.promote_types(like.dtype, torch.float32), self._storage.device(like)
-        self._omega = _gaussian(d_in, k, like.device, dtype)
-        self._psi = _gaussian(d_out, 3 * k + _CHECKS, like.device, dtype, seed=1).mT  # the last rows are Φ
+        self._omega = self._storage.gaussian(d_in, k, like)
+        self._psi = self._storage.gaussian(d_out, 3 * k + _CHECKS, like, seed=1).mT  # the last rows are Φ
         self._left = torch.zeros(d_out, k, dtype=dtype, device=device)
         return torch.zeros(3 * k + _CHECKS, d_in, dtype=dtype, device=device)
 
@@ -176,8 +215,7 @@ class MomentSketch:
     def tensors(self, like: torch.Tensor) -> list[torch.Tensor]:
         if self._product is None:
             dtype, device = torch.promote_types(like.dtype, torch.float32), self._storage.device(like)
-            omega = _gaussian(self._d_in, self._k, torch.device("cpu"), torch.float64)
-            self._omega = torch.linalg.qr(omega).Q.to(like.device, dtype)
+            self._omega = self._storage.orthonormal(self._d_in, self._k, like)
             self._product = torch.zeros(self._d_in, self._k, dtype=dtype, device=device)
             self._traces = torch.zeros(2, dtype=torch.float64, device=device)  # outside the basis, and inside
         return [self._product, self._traces]
@@ -205,9 +243,3 @@ def _seen(total: torch.Tensor | None) -> torch.Tensor:
     if total is None:
         raise ValueError("There is no mean of nothing: no sample was added.")
     return total
-
-
-def _gaussian(rows: int, columns: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """The same on every process and device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device, dtype)

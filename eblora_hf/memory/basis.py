@@ -23,12 +23,16 @@ class BasisExtension:
         columns (`torch.Tensor` of shape `(d_in, k)`): New orthonormal columns, orthogonal to the basis before; k may
             be 0.
         captured (`float`): Share of the gradient's energy ‖G‖² inside the extended basis, between 0 and 1.
-        capped (`bool`): Whether the cap on the columns stopped the extension below the energy threshold.
+        capped (`bool`): Whether a cap on the columns stopped the extension below the energy threshold.
+        energies (`torch.Tensor` of shape `(k,)`, *optional*): `captured` after each of the columns.
+        inside (`float`): `captured` without them.
     """
 
     columns: torch.Tensor
     captured: float
     capped: bool = False
+    energies: torch.Tensor | None = None
+    inside: float = 0.0
 
 
 def extend_basis(
@@ -100,7 +104,9 @@ def extend_basis(
         kept = min(wanted, available if max_columns is None else min(available, max_columns))
         columns = orthonormalize_against(directions[:, :kept], basis)  # (d_in, k)
     captured = float(energies[kept - 1]) if kept > 0 else float(inside)
-    return BasisExtension(columns.contiguous(), captured, capped=kept < min(wanted, available))
+    return BasisExtension(
+        columns.contiguous(), captured, kept < min(wanted, available), energies[:kept].cpu(), float(inside)
+    )
 
 
 def outside(matrix: torch.Tensor, basis: torch.Tensor | None, *, second_moment: bool = False) -> torch.Tensor:

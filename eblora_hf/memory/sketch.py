@@ -1,5 +1,6 @@
 """Bases and principal directions from a sketch of a matrix, which says what it may have missed."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,8 @@ def extend_basis_from_sketch(
         aim = threshold
         while True:
             found = extend_basis(sketch.matrix, basis, threshold=aim, max_columns=max_columns, name=name)
-            extension = BasisExtension(found.columns, _captured(sketch.checks, basis, found.columns), found.capped)
+            captured = _captured(sketch.checks, basis, found.columns)
+            extension = dataclasses.replace(found, captured=captured, energies=None)
             aim = 1.0 - (1.0 - aim) / 2.0
             if extension.captured >= threshold or extension.capped or 1.0 - aim <= 1e-5:
                 break

@@ -68,6 +68,7 @@ def render_card(sequence: PublishedSequence, repo_id: str, licence: str | None =
         versions=", ".join(f"{name} {number}" for name, number in records[-1].get("versions", {}).items())
         or "not stated",
         bases=sequence.bases_at,
+        held=[_held_row(task.name, record) for task, record in zip(sequence.tasks, records, strict=True)],
         licence_text=f"`{licence}`" if licence else "Not stated. **Please fill in `license`.**",
     )
 
@@ -126,6 +127,15 @@ def _metadata(sequence: PublishedSequence, repo_id: str, licence: str | None, me
         model_name=repo_id.rsplit("/", 1)[-1] if results else None,
         eval_results=results or None,
     )
+
+
+def _held_row(name: str, record: TrainingRecord) -> dict[str, Any] | None:
+    """What the bases hold of a task, where its record says so."""
+    held = record.get("bases")
+    if held is None or not {"columns", "captured", "captured_least"} <= set(held):
+        return None
+    shares = {key: f"{held[key]:.1%}" for key in ("captured", "captured_least")}  # type: ignore[literal-required]
+    return {"name": name, "columns": held["columns"]} | shares
 
 
 def _training_row(name: str, record: TrainingRecord) -> dict[str, Any]:

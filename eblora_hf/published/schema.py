@@ -58,6 +58,16 @@ class BaseModelIdentity(TypedDict):
 
 
 @with_config(_OPEN)
+class Captured(TypedDict, total=False):
+    """What share of a task's energy the bases hold, on average over the layers and in the worst."""
+
+    captured: Number
+    captured_least: Number
+    columns: Count
+    layers_capped: Count
+    layers: Count
+
+
 class TrainingRecord(TypedDict, total=False):
     """How a task was trained: what a card shows of `training.json`. Further fields are for readers of the file."""
 
@@ -68,6 +78,7 @@ class TrainingRecord(TypedDict, total=False):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
     versions: dict[Word, Word]
     metric: Word  # of the row in the index
+    bases: Captured
 
 
 @with_config(_CLOSED)

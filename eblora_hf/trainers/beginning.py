@@ -12,7 +12,7 @@ from ..published.plain_lora import Adapter
 from ..published.sequence import PublishedSequence
 from ..tasks import Task
 from .adoption import check_adoptable, name_of, read_plain, snapshots_of_update
-from .callback import TaskSequenceCallback
+from .callback import TaskSequenceCallback, stored_columns
 from .constrained import ConstrainedMixin
 from .opening import check_bases, open_sequence
 from .preparing import PreparingMixin
@@ -63,8 +63,10 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
         if self.method.remembers:
             check_bases(published, self.eblora_config.method)
         self.remove_callback(TaskSequenceCallback)
-        keeps_bases, dtype = self.method.remembers is not None, getattr(torch, self.eblora_config.basis_dtype)
-        self.task_callback = TaskSequenceCallback(published, keeps_bases, dtype)
+        keeps_bases, config = self.method.remembers is not None, self.eblora_config
+        self.task_callback = TaskSequenceCallback(
+            published, keeps_bases, getattr(torch, config.basis_dtype), config.basis_budget
+        )
         self.add_callback(self.task_callback)
 
     def _adopt(self, adapter: Adapter, published: PublishedSequence, tasks: list[str]) -> PublishedSequence:
@@ -74,7 +76,10 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
             name = f"{name[:57]}-before"
         check_adoptable(adapter, self.model.get_base_model(), self.layers, self.heads.declared)
         labels = list(self.model.get_base_model().config.id2label.values()) if self.heads.own else None
-        extensions = self._basis_of(adapter)
+        config = self.eblora_config
+        extensions = stored_columns(
+            self._basis_of(adapter), adapter.state, getattr(torch, config.basis_dtype), config.basis_budget
+        )
         with together("writing the first task"):
             if self.args.should_save:
                 published.append(

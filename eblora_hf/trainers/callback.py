@@ -11,10 +11,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..adapters.states import AdapterState
+from ..adapters.states import AdapterState, factors_of
 from ..config import EBLoRAConfig
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis
+from ..memory.budget import within_budget
 from ..metrics import accuracy_matrix
 from ..published.index import root_rows
 from ..published.schema import as_plain
@@ -35,6 +36,7 @@ class TaskSequenceCallback(TrainerCallback):
         sequence ([`PublishedSequence`]): The sequence that tasks are appended to.
         keeps_bases (`bool`, defaults to `True`): Whether the method needs the bases of earlier tasks.
         basis_dtype (`torch.dtype`, defaults to `torch.float32`): How the columns of a task are stored.
+        basis_budget (`float`, *optional*): Their size, at most, over that of the task's adapter in float32.
 
     Attributes:
         bases (`dict[str, torch.Tensor]`): Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far.
@@ -42,9 +44,13 @@ class TaskSequenceCallback(TrainerCallback):
     """
 
     def __init__(
-        self, sequence: PublishedSequence, keeps_bases: bool = True, basis_dtype: torch.dtype = torch.float32
+        self,
+        sequence: PublishedSequence,
+        keeps_bases: bool = True,
+        basis_dtype: torch.dtype = torch.float32,
+        basis_budget: float | None = None,
     ):
-        self.sequence, self.basis_dtype = sequence, basis_dtype
+        self.sequence, self.basis_dtype, self.basis_budget = sequence, basis_dtype, basis_budget
         self.bases = sequence.bases() if keeps_bases else {}
         self.task_name: str | None = None  # while one is learnt
 
@@ -76,18 +82,17 @@ class TaskSequenceCallback(TrainerCallback):
                 *optional*), labels (`list[str]`, *optional*): For its record.
             write (`bool`, defaults to `True`): Whether this process writes files.
         """
-        added = {
-            name: dataclasses.replace(extension, columns=extension.columns.to("cpu", self.basis_dtype))
-            for name, extension in (extensions or {}).items()
-        }
+        added = stored_columns(extensions or {}, adapter, self.basis_dtype, self.basis_budget)
+        if added:
+            training = training | {"bases": captured_by(added)}
         capped = {name: extension.captured for name, extension in added.items() if extension.capped}
         if capped:
             name, captured = min(capped.items(), key=lambda item: item[1])
             logger.warning(
                 f"Task {self.task_name!r}: the bases of {len(capped)} of {len(added)} layers reached their cap "
-                f"and hold less than the energy asked for, the worst {captured:.1%} ({name}). Those layers have "
-                "little room left: a smaller LoRA rank, `energy_threshold` or `max_basis_fraction` leaves more to "
-                "later tasks."
+                f"and hold less than the energy asked for, the worst {captured:.1%} ({name}). A larger `basis_budget` "
+                "lets a task add more columns. If the layers have little room left, a smaller LoRA rank, "
+                "`energy_threshold` or `max_basis_fraction` leaves more to later tasks."
             )
         if write and self.task_name is not None:
             kept = None if extensions is None else added
@@ -119,6 +124,28 @@ class TaskSequenceCallback(TrainerCallback):
         if self.task_name is not None and state.log_history:
             entry: dict[str, Any] = state.log_history[-1]
             entry["task"] = self.task_name
+
+
+def stored_columns(
+    extensions: dict[str, BasisExtension], adapter: AdapterState, dtype: torch.dtype, budget: float | None
+) -> dict[str, BasisExtension]:
+    """What is stored of the columns that a task adds beside its adapter: within a budget, in a dtype, on the CPU."""
+    if budget is not None:
+        factors = sum(x.numel() for kind in ("lora_A", "lora_B") for x in factors_of(adapter, kind).values())
+        extensions = within_budget(extensions, int(budget * factors * 4 / dtype.itemsize))
+    return {name: dataclasses.replace(x, columns=x.columns.to("cpu", dtype)) for name, x in extensions.items()}
+
+
+def captured_by(extensions: dict[str, BasisExtension]) -> dict[str, Any]:
+    """For the record of a task: what share of the energy its bases hold, and how many columns it has added."""
+    held = {name: extension.captured for name, extension in extensions.items()}
+    return {
+        "captured": sum(held.values()) / len(held),
+        "captured_least": min(held.values()),
+        "columns": sum(extension.columns.shape[1] for extension in extensions.values()),
+        "layers_capped": sum(extension.capped for extension in extensions.values()),
+        "layers": len(held),
+    }
 
 
 def training_record(

@@ -1,5 +1,6 @@
 """What the last steps of a training say of its task, so that no pass over the data has to follow."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..memory.accumulators import Storage
+from ..memory.budget import LayerShape, choose_storage
 from ..memory.observation import Observation
 from ..memory.sketch import Sketch
+from ..methods.base import Snapshot
 from ..published.files import tensor_bytes, write
 from .surface import TrainerSurface
 
@@ -48,6 +51,14 @@ class ObservingMixin(TrainerSurface):
         """Samples of one optimizer step on all processes."""
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
+    def storage_of(self, of: Snapshot) -> Storage:
+        """Where the sums of a snapshot are kept: as the options say, or by the shapes of the layers."""
+        config = self.eblora_config
+        if config.snapshot_offload or config.snapshot_sketch is not None:
+            return Storage(config.snapshot_offload, config.snapshot_sketch)
+        shapes = [LayerShape(layer.d_out, layer.d_in, layer.rank) for layer in self.layers]
+        return choose_storage(shapes, second_moment=of != "gradients", budget=config.basis_budget)
+
     def forget_observation(self) -> None:
         """Lets go of what was observed of a task."""
         self._observation, self._observed_before = None, None
@@ -63,14 +74,16 @@ class ObservingMixin(TrainerSurface):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._observation is None:
             self._observation = self._new_observation()
-        with self._observation.watching(self._scale(inputs, num_items_in_batch)):
+        # compiled code would go on without the hooks; a fifth of the steps does without it
+        eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile else contextlib.nullcontext()
+        with eager, self._observation.watching(self._scale(inputs, num_items_in_batch)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _new_observation(self) -> Observation:
         """One that goes on from what the resumed run has seen."""
         observation = Observation(
             self.layers,
-            Storage(self.eblora_config.snapshot_offload, self.eblora_config.snapshot_sketch),
+            self.storage_of("token-gradients"),
             self.bases | (self.constraint.bases if self.constraint is not None else {}),  # those on the device
             self.observed_steps * self.args.gradient_accumulation_steps,
             processes=self.args.world_size,

@@ -43,6 +43,7 @@ def take_snapshot(
     load: Callable[[list[list[int]]], Iterable[Any]],
     loss: Callable[[PeftModel, Any], torch.Tensor],
     config: EBLoRAConfig,
+    storage: Storage,
     seed: int,
     batch_size: int,
     process_index: int = 0,
@@ -61,6 +62,7 @@ def take_snapshot(
         load (`Callable`): Yields the inputs of each of the given batches of indices, on the model's device.
         loss (`Callable`): Maps model and inputs to the scalar mean loss of the batch.
         config ([`EBLoRAConfig`]): The options that begin with `snapshot`.
+        storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
         seed (`int`): Seed of the choice of samples.
         batch_size (`int`): Samples of a batch.
         process_index (`int`, defaults to 0), world_size (`int`, defaults to 1): Which share of the batches is this
@@ -80,7 +82,6 @@ def take_snapshot(
     shares = share_batches(indices, batch_size, process_index, world_size)
     inputs = zip(load([batch for batch, _ in shares]), (weight for _, weight in shares), strict=True)
     at = pretrained(model) if config.snapshot_at == "pretrained" else contextlib.nullcontext()
-    storage = Storage(config.snapshot_offload, config.snapshot_sketch)
     with _without_dropout(model), at:
         return _COLLECTORS[of](model, layers, inputs, loss, storage)
 
@@ -140,6 +141,7 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
                 load=lambda batches: self._inputs(loader, batches),
                 loss=self._snapshot_loss,
                 config=self.eblora_config,
+                storage=self.storage_of(of),
                 seed=seed,
                 batch_size=batch_size,
                 process_index=self.args.process_index,

@@ -184,7 +184,9 @@ def test_keeplora_protects_weights_and_earlier_tasks(tmp_path, basis_from):
 
 
 def test_keeplora_without_weights_starts_from_the_gradient(tmp_path):
-    trainer = make_trainer(tmp_path, "bert", "keeplora", {"weight_energy": 0.0}, tasks=("one",))
+    trainer = make_trainer(
+        tmp_path, "bert", "keeplora", {"weight_energy": 0.0, "snapshot_fraction": 1.0}, tasks=("one",)
+    )
     gradients = trainer.snapshot(trainer.tasks.tasks[0].train_dataset, seed=trainer.args.seed)
     trainer.train()
     (adapter,) = PublishedSequence.open(tmp_path).adapters()

@@ -60,13 +60,11 @@ class FailingCallback(TrainerCallback):
         raise self.error("on purpose")
 
 
-class FailingSnapshot(ContinualEBLoRATrainer):
-    """The snapshot at the end, which the first task takes at seed 42 as well as the one at its start."""
+class FailingObservation(ContinualEBLoRATrainer):
+    """What was observed while the task was trained is taken once it has ended."""
 
-    def snapshot(self, dataset, seed, of="gradients"):
-        if of == "token-gradients":
-            raise RuntimeError("on purpose")
-        return super().snapshot(dataset, seed, of)
+    def observed(self):
+        raise RuntimeError("on purpose")
 
 
 FAILURES = {
@@ -77,7 +75,7 @@ FAILURES = {
     "a set that cannot be read": {"eval_dataset": EVALUATION | {"one": UnreadableRow()}},
     "a callback that raises": {"callbacks": [FailingCallback(RuntimeError)]},
     "Ctrl-C": {"callbacks": [FailingCallback(KeyboardInterrupt)]},
-    "the snapshot": {"cls": FailingSnapshot},
+    "what was observed": {"cls": FailingObservation},
 }
 
 
@@ -154,7 +152,7 @@ def test_early_stopping_is_an_end_and_resuming_trains_no_further(tmp_path):
     trainer_of(tmp_path / "whole", **options()).train()
     assert [task.steps for task in PublishedSequence.open(tmp_path / "whole").tasks] == [4, 4]
     with pytest.raises(RuntimeError, match="on purpose"):
-        trainer_of(tmp_path / "parts", cls=FailingSnapshot, **options()).train()
+        trainer_of(tmp_path / "parts", cls=FailingObservation, **options()).train()
     counter = CountSteps()
     resumed = options()
     resumed["callbacks"].append(counter)

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence
 from eblora_hf.adapters.layers import find_layers
+from eblora_hf.memory.accumulators import Storage
 from eblora_hf.trainers.snapshots import take_snapshot
 
 from ..support.tiny import lora, make_model, make_text_data
@@ -24,6 +25,8 @@ def setting(dropout: float = 0.0):
 def take(model, layers, of="gradients", **options):
     defaults = {
         "samples": len(DATA),
+        "at_most": len(DATA),
+        "storage": Storage(),
         "load": lambda batches: (DATA[batch] for batch in batches),
         "loss": lambda model, inputs: model(**inputs).loss,
         "config": EBLoRAConfig(snapshot_fraction=1.0),

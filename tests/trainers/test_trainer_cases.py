@@ -322,7 +322,7 @@ def test_activation_checkpointing_gives_the_same_snapshot(tmp_path):
 
 def test_drop_last_does_not_cut_the_snapshot(tmp_path):
     seen = []
-    trainer = make_trainer(tmp_path, dataloader_drop_last=True)
+    trainer = make_trainer(tmp_path, dataloader_drop_last=True, eblora_config=EBLoRAConfig(snapshot_fraction=0.2))
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, **kw: (
         seen.append(len(inputs["labels"])),
@@ -429,7 +429,7 @@ class DecayingLoss(ContinualEBLoRATrainer):
     [({"max_steps": 4}, 4), ({"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 4}, 4)],
 )
 def test_a_loss_may_depend_on_the_step(tmp_path, options, steps):
-    trainer = make_trainer(tmp_path, cls=DecayingLoss, **options)
+    trainer = make_trainer(tmp_path, cls=DecayingLoss, eblora_config=EBLoRAConfig(observe_steps=0), **options)
     trainer.train()
     assert [task.steps for task in trainer.task_callback.sequence.tasks] == [steps, steps]
     assert {total for _, total in trainer.seen} == {steps}
