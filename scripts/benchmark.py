@@ -5,10 +5,12 @@
     python scripts/benchmark.py --only step --sets 1b --rank 16 --basis 0
     python scripts/benchmark.py --device cuda --json out.json --plots .
 
-`step` is one step of the optimizer on the factors of a layer set, against fused and foreach AdamW, the released
-algorithm written anew, and geoopt's RiemannianAdam if it is installed. `training` is what the step adds to a whole
-training step of plain LoRA, `basis` the update of a basis, `snapshot` its memory and time, `sequence` the cost of a
-training step after 1 to 50 tasks.
+`run` is what a user pays: whole runs of two tasks against the stock Trainer with LoRA, in processor and wall time,
+with the phases of ours. `memory` is the peak of a run at the shapes of a 7B model over that of stock LoRA, and the
+size of the bases on disk over the adapter's. `step` is one step of the optimizer on the factors of a layer set,
+against fused and foreach AdamW, the released algorithm written anew, and geoopt's RiemannianAdam if it is installed.
+`training` is what the step adds to a whole training step of plain LoRA, `basis` the update of a basis, `snapshot` its
+memory and time, `sequence` the cost of a training step after 1 to 50 tasks.
 """
 
 import argparse
@@ -21,17 +23,29 @@ from typing import Any
 import torch
 import transformers
 from speed.basis import SHAPES, measure_basis
+from speed.memory import CONTENDERS, measure_memory, with_extra
 from speed.plots import plot
+from speed.run import measure_run
 from speed.sequence import measure_sequence
 from speed.snapshot import MODES, measure_snapshot
 from speed.step import measure_step
 from speed.timing import SETS, machine
 from speed.training import measure_training
 
-PARTS = ("step", "training", "basis", "snapshot", "sequence")
+PARTS = ("run", "memory", "step", "training", "basis", "snapshot", "sequence")
 # without --rank and --basis: one of them varies at the default of the other
 RANKS, WIDTHS = (16, 4, 64, 128), (0, 64, 256, 1024)
 TASKS = (1, 5, 10, 20, 50)
+# kind of the model, epochs of a task, tokens of a row, rows of a task, repetitions
+RUNS = {
+    "tiny": (("decoder", 1, 128, 256, 2), ("encoder", 1, 128, 256, 2), ("decoder", 3, 128, 128, 1)),
+    "full": (
+        ("decoder", 1, 128, 256, 3),
+        ("encoder", 1, 128, 256, 3),
+        ("decoder", 3, 128, 256, 1),
+        ("decoder", 1, 2048, 64, 1),
+    ),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,6 +78,14 @@ def measurements(arguments: argparse.Namespace, device: torch.device) -> Iterato
         grid = list(itertools.product(arguments.rank or RANKS[:1], arguments.basis or WIDTHS[:1]))
     rank = (arguments.rank or RANKS)[0]
     size = "tiny" if arguments.sets == ["tiny"] else "1b" if device.type == "cuda" else "97m"
+    if "run" in arguments.only:
+        for kind, epochs, tokens, rows, repeat in RUNS["tiny" if size == "tiny" else "full"]:
+            model = "small" if size == "tiny" else size
+            yield measure_run(size, model, kind, epochs, tokens, rows, repeat, device)
+    if "memory" in arguments.only:
+        yield from with_extra(
+            [measure_memory("tiny" if size == "tiny" else "7b", name, device) for name in CONTENDERS]
+        )
     if "step" in arguments.only:
         for name, (r, p) in itertools.product(arguments.sets, grid):
             yield measure_step(name, r, p, device)

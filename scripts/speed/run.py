@@ -5,7 +5,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,22 +13,34 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from eblora_hf import ContinualEBLoRATrainer
+from eblora_hf.memory.moments import Moments
 from eblora_hf.methods.eblora import EBLoRA
 from eblora_hf.published.sequence import PublishedSequence
 
 from .models import make_bert, make_llama
 
-SIZES = {"tiny": "small", "vit": "97m", "1b": "97m", "7b": "97m"}  # of the models that stand for a layer set
+PHASES = (
+    "start_snapshot",
+    "training",
+    "observation",
+    "end_snapshot",
+    "decomposition",
+    "append",
+    "evaluation",
+)
 _CLASSES = 8
 _BATCH_TOKENS = 1024
 
 
-def measure_run(name: str, kind: str, epochs: int, tokens: int, rows: int, repeat: int, device: torch.device) -> dict:
+def measure_run(
+    name: str, size: str, kind: str, epochs: int, tokens: int, rows: int, repeat: int, device: torch.device
+) -> dict[str, Any]:
     """
     Processor and wall time of two tasks, ours over stock LoRA: medians of interleaved repetitions.
 
     Args:
-        name (`str`): The layer set.
+        name (`str`): What the set is called.
+        size (`str`): Of the model.
         kind (`str`): `"decoder"`, which learns the next token, or `"encoder"`, which learns a class.
         epochs (`int`), tokens (`int`), rows (`int`): Length of a task, of its rows, and how many it has.
         repeat (`int`): Repetitions of each.
@@ -41,6 +53,7 @@ def measure_run(name: str, kind: str, epochs: int, tokens: int, rows: int, repea
         "per_device_train_batch_size": max(_BATCH_TOKENS // tokens, 1),
         "learning_rate": 1e-4,
         "save_strategy": "no",
+        "logging_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
@@ -49,7 +62,7 @@ def measure_run(name: str, kind: str, epochs: int, tokens: int, rows: int, repea
     spent: dict[str, list[tuple[float, float]]] = {"lora": [], "ours": []}
     phases: list[dict[str, float]] = []
     for contender in ["lora", "ours"] * repeat:
-        model = make(SIZES[name], device)
+        model = make(size, device)
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(folder, **arguments)
             before = time.process_time(), time.perf_counter()
@@ -63,7 +76,7 @@ def measure_run(name: str, kind: str, epochs: int, tokens: int, rows: int, repea
     row |= {"lora_s": seconds["lora"][0], "ours_s": seconds["ours"][0]}
     row |= {"run_over_lora": seconds["ours"][0] / seconds["lora"][0]}
     row |= {"wall_over_lora": seconds["ours"][1] / seconds["lora"][1]}
-    return row | {f"{phase}_s": statistics.median(run[phase] for run in phases) for phase in phases[0]}
+    return row | {f"{phase}_s": statistics.median(run[phase] for run in phases) for phase in PHASES}
 
 
 def _rows(kind: str, count: int, tokens: int, seed: int) -> list[dict[str, Any]]:
@@ -86,45 +99,58 @@ def _run_lora(model: torch.nn.Module, args: TrainingArguments, data: dict[str, l
 
 def _run_ours(model: torch.nn.Module, args: TrainingArguments, data: dict[str, list]) -> dict[str, float]:
     """Runs both tasks; processor seconds of each phase, of which training is what the others leave."""
-    seconds: dict[str, float] = {}
+    phases = Phases()
     trainer = ContinualEBLoRATrainer(
         model, args, train_dataset=data, peft_config=LoraConfig(r=16, target_modules="all-linear")
     )
-
-    def of_snapshot() -> str:
-        return "start_snapshot" if trainer.constraint is None else "end_snapshot"
-
     with contextlib.ExitStack() as timers:
         for phase, owner, name in (
-            ("start_snapshot", ContinualEBLoRATrainer, "snapshot"),
+            ("start_snapshot", ContinualEBLoRATrainer, "snapshot_of_start"),
+            ("observation", Moments, "add"),
+            ("end_snapshot", ContinualEBLoRATrainer, "snapshot"),
             ("decomposition", EBLoRA, "begin_task"),
             ("decomposition", EBLoRA, "end_task"),
             ("append", PublishedSequence, "append"),
             ("evaluation", ContinualEBLoRATrainer, "measure"),
+            ("training", ContinualEBLoRATrainer, "train"),
         ):
-            timers.enter_context(_timed(seconds, of_snapshot if name == "snapshot" else phase, owner, name))
-        before = time.process_time()
+            timers.enter_context(phases.timed(phase, owner, name))
         trainer.train()
-        whole = time.process_time() - before
-    return {"training": whole - sum(seconds.values())} | seconds
+    return phases.seconds
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], phase: str | Callable[[], str], owner: type, name: str) -> Iterator[None]:
-    """Within the context the processor time of a method is added to that of a phase."""
-    method = getattr(owner, name)
+class Phases:
+    """Processor time by phase; one within another counts for the inner, but for what a snapshot consists of."""
 
-    @functools.wraps(method)
-    def timed(*arguments: Any, **options: Any) -> Any:
-        which = phase if isinstance(phase, str) else phase()
-        before = time.process_time()
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def _switch(self) -> None:
+        now = time.process_time()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, owner: type, name: str) -> Iterator[None]:
+        """Within the context the time of a method counts for a phase."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            self._switch()
+            within_snapshot = self._running and self._running[-1].endswith("_snapshot")
+            self._running.append(self._running[-1] if within_snapshot else phase)
+            try:
+                return method(*arguments, **options)
+            finally:
+                self._switch()
+                self._running.pop()
+
+        setattr(owner, name, timed)
         try:
-            return method(*arguments, **options)
+            yield
         finally:
-            seconds[which] = seconds.get(which, 0.0) + time.process_time() - before
-
-    setattr(owner, name, timed)
-    try:
-        yield
-    finally:
-        setattr(owner, name, method)
+            setattr(owner, name, method)

@@ -55,7 +55,7 @@ def _measure(size: str, mode: str, device: torch.device) -> dict[str, Any]:
         wait(device)
         plain.append(time.perf_counter() - started)
     model.zero_grad()
-    before = _peak(device, reset=True)
+    before = peak_memory(device, reset=True)
     started = time.perf_counter()
     collect(model, layers, [(batch, 1) for batch in batches], loss, storage)
     wait(device)
@@ -64,12 +64,12 @@ def _measure(size: str, mode: str, device: torch.device) -> dict[str, Any]:
         "what": "snapshot",
         "set": size,
         "mode": mode,
-        "memory_over_weights": (_peak(device) - before) / weights,
+        "memory_over_weights": (peak_memory(device) - before) / weights,
         "time_over_training_pass": elapsed / (_BATCHES * sorted(plain)[_BATCHES // 2]),
     }
 
 
-def _peak(device: torch.device, reset: bool = False) -> int:
+def peak_memory(device: torch.device, reset: bool = False) -> int:
     """Bytes at the highest so far; on the CPU with `reset` those in use now, since its peak cannot be set back."""
     if device.type == "cuda":
         if reset:

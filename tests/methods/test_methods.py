@@ -163,7 +163,7 @@ def test_olora_keeps_the_subspaces_of_tasks_apart(tmp_path):
 @pytest.mark.parametrize("basis_from", ["gradients", "features"])
 def test_keeplora_protects_weights_and_earlier_tasks(tmp_path, basis_from):
     """ΔW M = 0 for the principal directions of the weights and for what earlier tasks added; only B is trained."""
-    options = {"basis_from": basis_from, "weight_energy": 0.3, "energy_threshold": 0.9}
+    options = {"basis_from": basis_from, "weight_energy": 0.3, "energy_threshold": 0.9, "basis_dtype": "float32"}
     trainer = make_trainer(tmp_path, "bert", "keeplora", options, max_steps=20)
     trainer.train()
     published = PublishedSequence.open(tmp_path)

@@ -17,13 +17,17 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_every_part_is_measured_and_written(tmp_path):
-    result = run("--sets", "tiny", "--json", "rows.json", "--plots", ".", "--threads", "1", folder=tmp_path)
+    parts = ("memory", "step", "training", "basis", "snapshot", "sequence")
+    options = ("--sets", "tiny", "--json", "rows.json", "--plots", ".", "--threads", "1")
+    result = run("--only", *parts, *options, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     by_part = {}
     for row in rows:
         by_part.setdefault(row["what"], []).append(row)
-    assert list(by_part) == ["step", "training", "basis", "snapshot", "sequence"]
+    assert list(by_part) == list(parts)
+    assert [row["contender"] for row in by_part["memory"]] == ["lora", "ours", "whole sums"]
+    assert all(row["bases_over_adapter"] <= 4.1 for row in by_part["memory"][1:])
     assert [(row["rank"], row["basis"]) for row in by_part["step"]] == [(16, 0), (4, 0)]  # others leave no room
     for row in by_part["step"]:
         assert row["ours_over_adamw_fused"] == pytest.approx(row["ours_ms"] / row["adamw_fused_ms"])
@@ -36,6 +40,31 @@ def test_every_part_is_measured_and_written(tmp_path):
     for row in rows:
         assert row["device"] == "cpu"
         assert f"| {row['what']} |" in result.stdout
+
+
+RUN = """
+import json, torch
+from speed.run import measure_run
+rows = [measure_run("tiny", "tiny", kind, 1, 16, 16, 1, torch.device("cpu")) for kind in ("decoder", "encoder")]
+print(json.dumps(rows))
+"""
+
+
+def test_a_whole_run_is_measured_with_its_phases(tmp_path):
+    """Of the smallest model; what `--only run` takes is worth minutes."""
+    result = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, cwd=ROOT / "scripts")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])
+    for row, kind in zip(rows, ("decoder", "encoder"), strict=True):
+        assert (row["what"], row["set"], row["kind"], row["epochs"]) == ("run", "tiny", kind, 1)
+        assert row["run_over_lora"] == pytest.approx(row["ours_s"] / row["lora_s"])
+        phases = ("start_snapshot", "training", "observation", "decomposition", "append")
+        assert all(row[f"{phase}_s"] > 0 for phase in phases)
+        assert row["end_snapshot_s"] == 0  # the basis was observed
+        assert (
+            sum(value for key, value in row.items() if key.endswith("_s") and key not in ("ours_s", "lora_s"))
+            <= (row["ours_s"])
+        )
 
 
 def test_one_step_alone(tmp_path):
