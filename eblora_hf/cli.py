@@ -130,6 +130,38 @@ def repair(folder: Annotated[Path, typer.Argument(help="Folder of a sequence, an
     typer.echo(f"{folder} is in order: {', '.join(task.name for task in tasks) or 'no task'}.")
 
 
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A model on the Hub, or a folder with its config.json.")],
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks are learnt.")] = 10,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of each.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="'all-linear', or names with commas.")] = "all-linear",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or 4-bit.")] = "bfloat16",
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs train.")] = 1,
+    sharded: Annotated[bool, typer.Option("--sharded", help="They share the weights (FSDP2).")] = False,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model.")] = "main",
+) -> None:
+    """
+    Say what a sequence of tasks will take, before anything is loaded: memory, disk, rank.
+
+    From the config of the model alone. Activations are not in it.
+    """
+    from peft import LoraConfig
+    from transformers import AutoConfig
+
+    from .analysis.cost import as_table, estimate_cost
+
+    try:
+        names = target_modules if target_modules == "all-linear" else _names(target_modules)
+        lora = LoraConfig(r=rank, target_modules=names)
+        config = AutoConfig.from_pretrained(model, revision=revision)
+        cost = estimate_cost(config, lora, tasks=tasks, dtype=dtype, gpus=gpus, sharded=sharded)
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(as_table(cost, tasks))
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
