@@ -61,7 +61,7 @@ def demo(
 def benchmark(
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods.")
-    ] = "frozen,lora,olora,osf,ebo,inflora,keeplora,eblora-published,eblora,joint",
+    ] = "frozen,lora,olora,osf,ebo,inflora,keeplora,eblora-published,eblora,eblora-replay,joint",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds, or a range such as 0-4.")] = "0-4",
     tasks: Annotated[
         str,

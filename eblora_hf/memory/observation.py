@@ -30,7 +30,7 @@ class Observation:
             tokens that have such gradients count for nothing; the optimizer makes no step of them either.
 
     Attributes:
-        passes (`int`): How many have been watched.
+        steps (`int`): Optimizer steps of which passes have been watched.
     """
 
     def __init__(
@@ -47,11 +47,17 @@ class Observation:
         self._moments = Moments(layers, storage, bases)
         passes *= processes
         self._tokens = {layer.name: math.ceil(_TOKENS_PER_INPUT * layer.d_in / passes) for layer in layers}
-        self.passes = 0
+        self.steps, self._newest = 0, -1
 
     @contextlib.contextmanager
-    def watching(self, scale: float | torch.Tensor) -> Iterator[None]:
-        """Within the context backward passes are summed up. `scale` turns their gradients into those of a sum."""
+    def watching(self, step: int, scale: float | torch.Tensor) -> Iterator[None]:
+        """
+        Within the context backward passes are summed up.
+
+        Args:
+            step (`int`): Number of the optimizer step that they are part of.
+            scale (`float`): What turns their gradients into those of a sum over samples.
+        """
 
         def see(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
             weights = squared_norms(delta, scale)
@@ -62,7 +68,8 @@ class Observation:
 
         with watched_gradients(self._layers, see):
             yield
-        self.passes += 1
+        self.steps += step != self._newest
+        self._newest = step
 
     def missing(self) -> list[str]:
         """The layers of which no process has seen anything."""
@@ -70,12 +77,12 @@ class Observation:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What this process has summed up so far, to go on from."""
-        return self._moments.state_dict() | {"passes": torch.tensor(self.passes)}
+        return self._moments.state_dict() | {"steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Adds what a `state_dict` holds."""
         self._moments.load_state_dict(state)
-        self.passes = max(self.passes, int(state["passes"]))
+        self.steps = max(self.steps, int(state["steps"]))
 
     def means(self) -> dict[str, torch.Tensor | Sketch]:
         """By layer name the mean over the tokens of all processes; the sums are let go."""

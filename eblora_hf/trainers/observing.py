@@ -76,16 +76,18 @@ class ObservingMixin(TrainerSurface):
             self._observation = self._new_observation()
         # compiled code would go on without the hooks; a fifth of the steps does without it
         eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile else contextlib.nullcontext()
-        with eager, self._observation.watching(self._scale(inputs, num_items_in_batch)):
+        with eager, self._observation.watching(self.state.global_step, self._scale(inputs, num_items_in_batch)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _new_observation(self) -> Observation:
         """One that goes on from what the resumed run has seen."""
+        # none are left to watch where the resumed run had ended its training
+        passes = getattr(self, "current_gradient_accumulation_steps", 0) or 1
         observation = Observation(
             self.layers,
             self.storage_of("token-gradients"),
             self.bases | (self.constraint.bases if self.constraint is not None else {}),  # those on the device
-            self.observed_steps * self.args.gradient_accumulation_steps,
+            self.observed_steps * passes,
             processes=self.args.world_size,
             may_overflow=self.accelerator.mixed_precision == "fp16",
         )
@@ -110,16 +112,16 @@ class ObservingMixin(TrainerSurface):
         """
         What was observed of the task whose training has ended; `None`, and a line in the log, if that is too little.
         """
-        wanted = self.observed_steps * self.args.gradient_accumulation_steps
+        wanted = self.observed_steps
         if not wanted:
             return None
         if self._observation is None and self._observed_before is not None:
             self._observation = self._new_observation()
         observation, best = self._observation, self.state.best_global_step
         self.forget_observation()
-        if observation is None or 2 * observation.passes < wanted:
-            reason = f"{0 if observation is None else observation.passes} of {wanted} passes were observed"
-        elif self.args.load_best_model_at_end and best and best <= self.state.max_steps - self.observed_steps:
+        if observation is None or 2 * observation.steps < wanted:
+            reason = f"{0 if observation is None else observation.steps} of {wanted} steps were observed"
+        elif self.args.load_best_model_at_end and best and best <= self.state.max_steps - wanted:
             reason = f"the best weights are those of step {best}"
         elif missing := observation.missing():
             reason = f"nothing was seen of {missing[0]}"
@@ -158,4 +160,4 @@ class ObservingMixin(TrainerSurface):
                 ) from error
             before = self._observed_before or {}
             summed = {key: value + before[key] if key in before else value for key, value in state.items()}
-            self._observed_before = summed | {"passes": state["passes"]}
+            self._observed_before = summed | {"steps": state["steps"]}

@@ -254,8 +254,7 @@ def test_the_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(row in readme for row in summary.split("| method | settings |")[0].splitlines() if row)
     of = {method: {run["seed"]: run for run in runs} for method, runs in by_method(lines).items()}
-    compared = set(METHODS) - {"eblora-replay"}  # keeps data, which the others do not: by itself, against EBLoRA
-    assert {method: set(runs) for method, runs in of.items()} == {method: {0, 1, 2, 3, 4} for method in compared}
+    assert {method: set(runs) for method, runs in of.items()} == {method: {0, 1, 2, 3, 4} for method in METHODS}
     mean = {method: np.mean([run["MFN"] for run in runs.values()]) for method, runs in of.items()}
     assert all(of["eblora"][seed]["MFN"] - of["lora"][seed]["MFN"] >= 8 for seed in range(5))
     assert mean["eblora"] - mean["lora"] >= 12
@@ -267,7 +266,7 @@ def test_the_readme_shows_the_committed_results():
     assert all(run["sigma_ratio"][1] <= 0.6 for run in of["lora"].values())
 
 
-@pytest.mark.xfail(strict=True, reason="80.9 on average and 72.6 on seed 0: nothing protects the pre-training")
+@pytest.mark.xfail(strict=True, reason="80.0 on average and 73.4 on seed 0: nothing protects the pre-training")
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2, 3, 4]])
 def test_eblora_keeps_82_percent_on_the_pre_training(seeds):
     lines = read_results(ROOT / "benchmarks" / "digits" / "results.jsonl")

@@ -71,7 +71,8 @@ def make_trainer():
     }
     if options.get("stock"):
         return Trainer(model=get_peft_model(model, lora()), args=args, train_dataset=data["one"], callbacks=[Hold()])
-    config = EBLoRAConfig(method=options["method"], snapshot_fraction=1.0, direction_lr=0.05, scale_lr=0.01)
+    snapshots = {} if options.get("observe") else {"snapshot_fraction": 1.0}
+    config = EBLoRAConfig(method=options["method"], direction_lr=0.05, scale_lr=0.01, **snapshots)
     return (Sharded if options.get("shard") else ContinualEBLoRATrainer)(
         model=model,
         args=args,

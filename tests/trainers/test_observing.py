@@ -172,7 +172,7 @@ def test_an_early_stop_before_the_observed_steps(tmp_path, log):
         "callbacks": [EarlyStoppingCallback(1, early_stopping_threshold=10.0)],
     }
     (message,) = with_warning(log, make_trainer(tmp_path, **options))
-    assert "0 of 10 passes were observed" in message
+    assert "0 of 10 steps were observed" in message
     assert PublishedSequence.open(tmp_path).tasks[0].has_basis
 
 
@@ -200,7 +200,7 @@ def test_resumed_at_the_last_step_without_what_was_observed(tmp_path, log):
     for file in tmp_path.glob("checkpoints/one/*/eblora_observed-*"):
         file.unlink()
     (message,) = with_warning(log, make_trainer(tmp_path, **options), resume_from_checkpoint=True)
-    assert "1 of 3 passes were observed" in message
+    assert "1 of 3 steps were observed" in message
 
 
 def test_a_truncated_file_is_named(tmp_path):

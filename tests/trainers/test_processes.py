@@ -124,6 +124,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_while_a_basis_is_observed(run, tmp_path, kind):
+    """Every process goes on from what it has summed up; both hold the same bases, about as wide as those of one."""
+    (one,) = run(**ONE, observe=True)
+    first, second = run(**KINDS[kind], observe=True)
+    assert_same(first, second)
+    assert start(tmp_path, **KINDS[kind], observe=True, interrupt=8).returncode == 0
+    held = sorted(path.name for path in tmp_path.glob("out/checkpoints/two/checkpoint-8/eblora_observed-*"))
+    assert held == ["eblora_observed-0-of-2.safetensors", "eblora_observed-1-of-2.safetensors"]
+    resumed, other = launch(tmp_path, **KINDS[kind], observe=True, resume=True)
+    assert_same(resumed, other)
+    assert all(torch.equal(resumed[key], first[key]) for key in resumed)
+    for key in (key for key in one if key.startswith("bases.")):
+        assert abs(first[key].shape[1] - one[key].shape[1]) <= 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_the_first_process_saves_loads_in_stock_peft(tmp_path, kind):
     launch(tmp_path, **KINDS[kind], best=True)
     assert PublishedSequence.open(tmp_path / "out").names == ["one", "two"]
