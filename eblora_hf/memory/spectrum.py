@@ -5,7 +5,7 @@ Sources: Halko, Martinsson and Tropp (arXiv 0909.4061) for the range finder and 
 
 import torch
 
-_SMALL = 512  # matrices with a side up to this are decomposed at once
+_SMALL = 256  # matrices with a side up to this are decomposed at once
 _FIRST_SIZE = 64  # directions of the first attempt; each further one takes four times as many
 _LARGEST_SHARE = 4  # beyond one direction in so many an exact decomposition is faster
 

@@ -11,15 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig
+from eblora_hf import ContinualEBLoRATrainer
 from eblora_hf.adapters.layers import find_layers
-from eblora_hf.memory.accumulators import Storage
 
 from .models import make_llama
 from .snapshot import peak_memory
 
 _BLOCKS, _TOKENS, _ROWS = 2, 256, 24
-CONTENDERS = ("lora", "ours", "whole sums")
+CONTENDERS = ("lora", "ours")
 
 
 def measure_memory(size: str, contender: str, device: torch.device) -> dict[str, Any]:
@@ -56,12 +55,7 @@ def _measure(size: str, contender: str, device: torch.device) -> dict[str, Any]:
             model = get_peft_model(model, lora)
             trainer = Trainer(model, args, train_dataset=rows)
         else:
-            config = EBLoRAConfig() if contender == "ours" else EBLoRAConfig(snapshot_fraction=1.0)
-            trainer = ContinualEBLoRATrainer(
-                model, args, train_dataset={"one": rows}, peft_config=lora, eblora_config=config
-            )
-            if contender == "whole sums":
-                trainer.storage_of = lambda of: Storage()
+            trainer = ContinualEBLoRATrainer(model, args, train_dataset={"one": rows}, peft_config=lora)
         layers = find_layers(trainer.model, "default")
         weights = sum(2 * layer.d_out * layer.d_in for layer in layers)
         trainer.train()
