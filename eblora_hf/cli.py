@@ -152,9 +152,11 @@ def estimate(
     from .analysis.cost import as_table, estimate_cost
 
     try:
+        if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise FileNotFoundError(f"{model} is not a folder.")
         names = target_modules if target_modules == "all-linear" else _names(target_modules)
         lora = LoraConfig(r=rank, target_modules=names)
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         cost = estimate_cost(config, lora, tasks=tasks, dtype=dtype, gpus=gpus, sharded=sharded)
     except (OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -42,15 +42,17 @@ class EBLoRAConfig:
         basis_dtype (`str`, defaults to `"bfloat16"`): How the bases are stored, `"float32"` or `"bfloat16"`: half the
             size for some 1e-5 of the energy. They are made orthonormal again when they are read.
         basis_budget (`float`, *optional*, defaults to 4.0): How large the columns that a task adds to the bases may
-            be on disk, over its adapter in float32. Of all layers those with most of their layer's energy are kept;
-            what that leaves is in `training.json` and in the card. `None` sets no limit.
+            be on disk, over its adapter in float32. Of all layers those with most of their layer's energy are kept
+            (KeepLoRA's directions of the weights stay in any case); what that leaves is in `training.json` and in the
+            card. `None` sets no limit.
         snapshot_samples (`int`, defaults to 64): How many samples of a task the snapshot before its training uses at
             most: a 32nd of those that the training will see, but 8 in any case. Where a basis needs a snapshot, it
             uses four times `snapshot_samples`.
         observe_steps (`float`, defaults to 0.2): Share of the training steps at whose end the token gradients of a
             basis are observed, in the passes that train, instead of in a snapshot afterwards; or as many steps as
             `snapshot_samples` samples take, at most half. A snapshot is taken where too little was observed: after an
-            early stop, or if the best weights are those of an earlier step. 0 always takes one.
+            early stop, if the best weights are those of an earlier step, and with replay from the second task on,
+            whose passes are of other rows as well. 0 always takes one.
         snapshot_fraction (`float`, *optional*): Share of a task's data for both snapshots, in place of
             `snapshot_samples` and `observe_steps`; as published.
         snapshot_sampling (`str`, defaults to `"random"`): `"random"` with the seed of the arguments, or `"even"`

@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from ..adapters.layers import find_layers
 from ..config import EBLoRAConfig
+from ..memory.accumulators import Storage
+from ..memory.basis import column_cap
 from ..memory.budget import LayerShape, bytes_of_sums, choose_storage
 from ..methods.build import build_method
 
@@ -28,7 +30,7 @@ class Cost:
         optimizer (`int`): AdamW's moments of it, and the factors in full precision beside it.
         snapshot (`int`): Sums while a snapshot is taken or steps are observed, at most.
         earlier_tasks (`int`): Earlier tasks as a frozen adapter, while the last task is learnt; none beside float32
-            weights, which have them merged.
+            weights, which have them merged by most methods.
         bases (`int`): Bases of the earlier tasks while the last is learnt, at most.
         task_adapter (`int`): A task's adapter on disk.
         task_bases (`int`): What it adds to the bases on disk, at most.
@@ -88,6 +90,8 @@ def estimate_cost(
     if tasks < 1 or gpus < 1:
         raise ValueError(f"tasks={tasks}, gpus={gpus}: expected positive whole numbers.")
     options = options or EBLoRAConfig()
+    if options.method == "osf":
+        raise ValueError("method='osf': the ranks of its adapters are those of the weights, which are not loaded.")
     shapes, adapted, others, heads = _shapes(config, lora)
     method, share = build_method(options), gpus if sharded else 1
     factors = _FLOAT32 * sum(shape.adapter for shape in shapes)
@@ -100,7 +104,7 @@ def estimate_cost(
         adapter=int(2 * task_adapter / share),
         optimizer=int(_ADAM * task_adapter / share) + (factors if in_full else 0),
         snapshot=_sums(shapes, options, method.starts_from, method.remembers),
-        earlier_tasks=0 if dtype == "float32" else int((tasks - 1) * factors / share),
+        earlier_tasks=0 if dtype == "float32" and method.merges_earlier_tasks else int((tasks - 1) * factors / share),
         bases=_FLOAT32 * held,
         task_adapter=task_adapter,
         task_bases=added,
@@ -137,8 +141,13 @@ def _shapes(config: transformers.PretrainedConfig, lora: LoraConfig) -> tuple[li
     architecture = getattr(transformers, names[0], None) if names else None
     if architecture is None:
         raise ValueError(f"The config names no class of transformers in `architectures`, got {names!r}.")
-    with torch.device("meta"):
-        model = get_peft_model(architecture(config), dataclasses.replace(lora))
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(architecture(config), dataclasses.replace(lora))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"The config does not fit the class {names[0]} that its `architectures` name: {error}"
+        ) from error
     layers = find_layers(model, "default")
     shapes = [LayerShape(layer.d_out, layer.d_in, layer.rank) for layer in layers]
     adapted = sum(shape.d_in * shape.d_out for shape in shapes)
@@ -153,7 +162,10 @@ def _sums(shapes: list[LayerShape], options: EBLoRAConfig, *kinds: str | None) -
     largest = 0
     for kind in (kind for kind in kinds if kind is not None):
         second_moment = kind != "gradients"
-        storage = choose_storage(shapes, second_moment=second_moment, budget=options.basis_budget)
+        if options.snapshot_offload or options.snapshot_sketch is not None:
+            storage = Storage(options.snapshot_offload, options.snapshot_sketch)
+        else:
+            storage = choose_storage(shapes, second_moment=second_moment, budget=options.basis_budget)
         largest = max(largest, bytes_of_sums(shapes, storage, second_moment=second_moment))
     return largest
 
@@ -161,9 +173,7 @@ def _sums(shapes: list[LayerShape], options: EBLoRAConfig, *kinds: str | None) -
 def _bases(shapes: list[LayerShape], options: EBLoRAConfig, tasks: int) -> tuple[int, int]:
     """Bytes that a task adds on disk, and numbers in the bases that the last task is learnt under; at most."""
     itemsize = getattr(torch, options.basis_dtype).itemsize
-    room = sum(
-        shape.d_in * min(int(options.max_basis_fraction * shape.d_in), shape.d_in - shape.rank) for shape in shapes
-    )
+    room = sum(shape.d_in * column_cap(shape.d_in, shape.rank, 0, options.max_basis_fraction) for shape in shapes)
     added = room
     if options.basis_budget is not None:
         added = min(room, int(options.basis_budget * _FLOAT32 * sum(shape.adapter for shape in shapes) / itemsize))

@@ -106,7 +106,7 @@ def _first(extension: BasisExtension, count: int) -> BasisExtension:
     if count == extension.columns.shape[1]:
         return extension
     energies = extension.energies[:count] if extension.energies is not None else None
-    captured = float(energies[-1]) if energies is not None and count else extension.inside
+    captured = min(float(energies[-1]), extension.captured) if energies is not None and count else extension.inside
     return dataclasses.replace(
         extension,
         columns=extension.columns[:, :count].contiguous(),

@@ -38,6 +38,7 @@ def extend_basis_from_sketch(
     *,
     threshold: float = 0.99,
     max_columns: int | None = None,
+    may_miss: bool = False,
     name: str = "gradient",
 ) -> BasisExtension:
     """
@@ -49,6 +50,7 @@ def extend_basis_from_sketch(
     Args:
         sketch ([`Sketch`]): Of a mean gradient or a second moment.
         basis, threshold, max_columns, name: As for [`extend_basis`].
+        may_miss (`bool`, defaults to `False`): Whether the reach of the sketch is a cap like another.
 
     Returns:
         [`BasisExtension`].
@@ -71,10 +73,12 @@ def extend_basis_from_sketch(
         while True:
             found = extend_basis(sketch.matrix, basis, threshold=aim, max_columns=max_columns, name=name)
             captured = _captured(sketch.checks, basis, found.columns)
-            extension = dataclasses.replace(found, captured=captured, energies=None)
+            extension = dataclasses.replace(found, captured=captured)
             aim = 1.0 - (1.0 - aim) / 2.0
             if extension.captured >= threshold or extension.capped or 1.0 - aim <= 1e-5:
                 break
+    if extension.captured < threshold and may_miss:
+        return dataclasses.replace(extension, capped=True)
     if extension.captured < threshold and not extension.capped:
         raise ValueError(
             f"{name}: a sketch of {len(sketch.matrix)} directions holds {extension.captured:.2%} of the energy for "

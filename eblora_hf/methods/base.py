@@ -108,7 +108,7 @@ class Method:
         options: Any = {"threshold": self.energy_threshold, "max_columns": cap, "name": layer.name}
         if isinstance(matrix, Sketch):
             if self.config.snapshot_sketch is None:  # nobody asked for it, so that its reach is a cap like another
-                options["max_columns"] = min(cap, len(matrix.matrix) // 2)
+                options |= {"max_columns": min(cap, len(matrix.matrix) // 2), "may_miss": True}
             return extend_basis_from_sketch(matrix, basis, **options)
         return extend_basis(
             matrix.to(layer.weight.device), basis, second_moment=self.remembers != "gradients", **options

@@ -12,7 +12,7 @@ from ..published.plain_lora import Adapter
 from ..published.sequence import PublishedSequence
 from ..tasks import Task
 from .adoption import check_adoptable, name_of, read_plain, snapshots_of_update
-from .callback import TaskSequenceCallback, stored_columns
+from .callback import TaskSequenceCallback, captured_by, stored_columns, warn_of_caps
 from .constrained import ConstrainedMixin
 from .opening import check_bases, open_sequence
 from .preparing import PreparingMixin
@@ -80,6 +80,13 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
         extensions = stored_columns(
             self._basis_of(adapter), adapter.state, getattr(torch, config.basis_dtype), config.basis_budget
         )
+        record: dict[str, Any] = {
+            "eblora_config": {"method": "lora"},
+            "basis_of": "the adapter" if self.protect_data is None else "data",
+        }
+        if extensions:
+            record["bases"] = captured_by(extensions)
+        warn_of_caps(name, extensions, config.basis_budget)
         with together("writing the first task"):
             if self.args.should_save:
                 published.append(
@@ -89,10 +96,7 @@ class BeginningMixin(PreparingMixin, ConstrainedMixin):
                     None if self.method.remembers is None else extensions,
                     steps=0,
                     metrics={},
-                    training={
-                        "eblora_config": {"method": "lora"},
-                        "basis_of": "the adapter" if self.protect_data is None else "data",
-                    },
+                    training=record,
                     labels=labels,
                 )
         return PublishedSequence.open(published.folder)

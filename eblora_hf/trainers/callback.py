@@ -85,15 +85,7 @@ class TaskSequenceCallback(TrainerCallback):
         added = stored_columns(extensions or {}, adapter, self.basis_dtype, self.basis_budget)
         if added:
             training = training | {"bases": captured_by(added)}
-        capped = {name: extension.captured for name, extension in added.items() if extension.capped}
-        if capped:
-            name, captured = min(capped.items(), key=lambda item: item[1])
-            logger.warning(
-                f"Task {self.task_name!r}: the bases of {len(capped)} of {len(added)} layers reached their cap "
-                f"and hold less than the energy asked for, the worst {captured:.1%} ({name}). A larger `basis_budget` "
-                "lets a task add more columns. If the layers have little room left, a smaller LoRA rank, "
-                "`energy_threshold` or `max_basis_fraction` leaves more to later tasks."
-            )
+        warn_of_caps(str(self.task_name), added, self.basis_budget)
         if write and self.task_name is not None:
             kept = None if extensions is None else added
             self.sequence.append(
@@ -134,6 +126,21 @@ def stored_columns(
         factors = sum(x.numel() for kind in ("lora_A", "lora_B") for x in factors_of(adapter, kind).values())
         extensions = within_budget(extensions, int(budget * factors * 4 / dtype.itemsize))
     return {name: dataclasses.replace(x, columns=x.columns.to("cpu", dtype)) for name, x in extensions.items()}
+
+
+def warn_of_caps(task: str, extensions: dict[str, BasisExtension], budget: float | None) -> None:
+    """Logs which bases hold less of a task than was asked for."""
+    capped = {name: extension.captured for name, extension in extensions.items() if extension.capped}
+    if not capped:
+        return
+    name, captured = min(capped.items(), key=lambda item: item[1])
+    more = "" if budget is None else f" A `basis_budget` above {budget:g} lets a task add more columns."
+    logger.warning(
+        f"Task {task!r}: the bases of {len(capped)} of {len(extensions)} layers reached their cap and hold less than "
+        f"the energy asked for, the worst {captured:.1%} ({name}).{more} If the layers have little room left, a "
+        "smaller LoRA rank, `energy_threshold` or `max_basis_fraction` leaves more to later tasks; if their sums were "
+        "sketched, `snapshot_offload=True` keeps them whole."
+    )
 
 
 def captured_by(extensions: dict[str, BasisExtension]) -> dict[str, Any]:

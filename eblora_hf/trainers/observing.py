@@ -81,8 +81,9 @@ class ObservingMixin(TrainerSurface):
 
     def _new_observation(self) -> Observation:
         """One that goes on from what the resumed run has seen."""
-        # none are left to watch where the resumed run had ended its training
-        passes = getattr(self, "current_gradient_accumulation_steps", 0) or 1
+        # of a whole step, whichever comes first: a resumed run has to take as many tokens of a pass
+        loader: Any = self.callback_handler.train_dataloader
+        passes = min(self.args.gradient_accumulation_steps, len(loader))
         observation = Observation(
             self.layers,
             self.storage_of("token-gradients"),

@@ -58,6 +58,7 @@ def _measure(size: str, contender: str, device: torch.device) -> dict[str, Any]:
             trainer = ContinualEBLoRATrainer(model, args, train_dataset={"one": rows}, peft_config=lora)
         layers = find_layers(trainer.model, "default")
         weights = sum(2 * layer.d_out * layer.d_in for layer in layers)
+        peak_memory(device, reset=True)  # the model was built in float32
         trainer.train()
         sizes = {path.name: path.stat().st_size for path in Path(folder).glob("tasks/00-one/*.safetensors")}
         row = {"what": "memory", "set": size, "contender": contender, "peak": peak_memory(device), "weights": weights}

@@ -100,12 +100,26 @@ def test_of_seven_billion_parameters():
     [
         ({"dtype": "int8"}, r"dtype='int8': expected one of float32, bfloat16, 4-bit"),
         ({"tasks": 0}, r"tasks=0, gpus=1: expected positive"),
+        ({"options": EBLoRAConfig(method="osf")}, r"method='osf': the ranks of its adapters are those of the weights"),
+        (
+            {"config": transformers.LlamaConfig(architectures=["BertForSequenceClassification"])},
+            r"does not fit the class BertForSequenceClassification",
+        ),
         ({"config": transformers.LlamaConfig()}, r"names no class of transformers in `architectures`, got \[\]"),
     ],
 )
 def test_wrong_arguments(wrong, words):
     with pytest.raises(ValueError, match=words):
         estimate_cost(**({"config": SMALL, "lora": lora()} | wrong))
+
+
+def test_options_count():
+    sketched = estimate_cost(SMALL, lora(), EBLoRAConfig(snapshot_sketch=4))
+    assert sketched.snapshot < estimate_cost(SMALL, lora()).snapshot
+    assert estimate_cost(SMALL, lora(), EBLoRAConfig(snapshot_offload=True)).snapshot == 0
+    beside = estimate_cost(SMALL, lora(), EBLoRAConfig(method="olora"), tasks=3, dtype="float32")
+    assert beside.earlier_tasks == 2 * beside.task_adapter
+    assert estimate_cost(SMALL, lora(r=200), tasks=3).task_bases >= 0
 
 
 def test_the_command(tmp_path):

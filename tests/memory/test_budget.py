@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from eblora_hf.memory.accumulators import Storage
+from eblora_hf.memory.accumulators import MatrixSketch, MomentSketch, Storage
 from eblora_hf.memory.basis import extend_basis
 from eblora_hf.memory.budget import LayerShape, bytes_of_sums, choose_storage, within_budget
 from eblora_hf.memory.moments import representatives
+from eblora_hf.memory.sketch import extend_basis_from_sketch
 
 from ..support.factors import captured, gradient
 
@@ -67,6 +68,20 @@ def test_a_budget_keeps_what_holds_most_for_its_size(seed):
         assert torch.equal(x.columns, extensions[name].columns[:, :count])
         assert x.captured == held[name][count]
         assert x.capped == (count < extensions[name].columns.shape[1])
+
+
+def test_a_sketch_nobody_asked_for_is_a_cap_like_another():
+    x = gradient(900, 300, 0, 0.99, torch.float32)
+    sketches = MomentSketch(Storage(sketch=8), 300), MatrixSketch(Storage(sketch=8), 900, 300)
+    sketches[0].add(x)
+    sketches[1].add(torch.eye(900), x, 1.0)
+    for sketch in sketches:
+        extension = extend_basis_from_sketch(sketch.mean(1.0), threshold=0.9, may_miss=True)
+        assert extension.capped
+        assert extension.captured < 0.9
+        (kept,) = within_budget({"a": extension}, 300 * 3).values()
+        assert kept.columns.shape == (300, 3)
+        assert kept.captured <= extension.captured
 
 
 def test_a_budget_that_is_not_reached_changes_nothing():

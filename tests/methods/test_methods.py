@@ -183,6 +183,15 @@ def test_keeplora_protects_weights_and_earlier_tasks(tmp_path, basis_from):
         torch.testing.assert_close(one[key] @ one[key].T, torch.eye(4), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("basis_from", ["gradients", "features"])
+def test_keeplora_within_a_budget_keeps_the_directions_of_the_weights(tmp_path, basis_from):
+    options = {"basis_from": basis_from, "basis_budget": 0.01}
+    make_trainer(tmp_path, "bert", "keeplora", options).train()
+    published = PublishedSequence.open(tmp_path)
+    assert published.names == ["one", "two"]
+    assert all(basis.shape[1] > 0 for basis in published.bases().values())
+
+
 def test_keeplora_without_weights_starts_from_the_gradient(tmp_path):
     trainer = make_trainer(
         tmp_path, "bert", "keeplora", {"weight_energy": 0.0, "snapshot_fraction": 1.0}, tasks=("one",)

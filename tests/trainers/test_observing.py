@@ -122,6 +122,24 @@ def test_resumed_within_the_observed_steps(tmp_path, step):
     assert_same_files(load_published(tmp_path / "parts"), load_published(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_resumed_where_an_epoch_ends_with_a_part_of_a_step(tmp_path, step):
+    """Three batches an epoch in steps of two: as many tokens of a pass are taken, whichever pass comes first."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eblora_config": CONFIG,
+        "gradient_accumulation_steps": 2,
+        "tasks": ("one",),
+        "train_dataset": {"one": make_text_data("bert", size=10)},
+    }
+    make_trainer(tmp_path / "whole", **options).train()
+    with pytest.raises(InterruptionError):
+        make_trainer(tmp_path / "parts", callbacks=[InterruptAt("one", step)], **options).train()
+    make_trainer(tmp_path / "parts", **options).train(resume_from_checkpoint=True)
+    assert_same_files(load_published(tmp_path / "parts"), load_published(tmp_path / "whole"))
+
+
 def test_sums_of_more_processes_than_there_are_now(tmp_path):
     """A run of one process goes on from what two have summed up: nothing is lost, nothing counts twice."""
     options = {"save_strategy": "steps", "save_steps": 1, "eblora_config": CONFIG}
