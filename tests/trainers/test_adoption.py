@@ -68,7 +68,7 @@ def test_it_is_the_first_task_exactly(tmp_path, plain, protect):
         if not name.endswith(".columns") or not extension.shape[1]:
             continue
         second = sequence.adapters(["next"])[0][f"base_model.model.{name.removesuffix('.columns')}.lora_A.weight"]
-        assert (second @ extension).abs().max() < 1e-5  # the next task stays out of it
+        assert (second @ extension.float()).abs().max() < 5e-3  # the next task stays out of it, but for bf16 on disk
     assert {path.name: path.read_bytes() for path in plain.iterdir()} == before
     assert str(tmp_path) not in json.dumps(sequence.training())
 
@@ -81,7 +81,7 @@ def test_its_directions_are_those_of_its_update(tmp_path, plain):
         a = adapter[f"base_model.model.{layer.name}.lora_A.weight"].double()
         basis = columns[f"{layer.name}.columns"].double()
         assert basis.shape[1] == len(a)
-        assert (a - a @ basis @ basis.T).norm() < 1e-5 * a.norm()
+        assert (a - a @ basis @ basis.T).norm() < 5e-3 * a.norm()  # bf16 on disk
 
 
 def test_it_is_said_that_the_adapter_alone_protects_little(tmp_path, plain, caplog):
