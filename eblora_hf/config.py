@@ -172,7 +172,8 @@ class EBLoRAConfig:
             setattr(self, name, check_rate(name, getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and type(None) in get_args(field.type):
+            # not by `field.type`, which HfArgumentParser changes
+            if value is None and type(None) in get_args(EBLoRAConfig.__annotations__.get(field.name)):
                 continue
             kind = get_args(field.type)[0] if type(None) in get_args(field.type) else field.type
             if kind is float:  # YAML reads 1e-3 as text

@@ -87,3 +87,11 @@ def test_task_names_are_safe_folder_names(name):
 def test_bad_task_overrides(options, words):
     with pytest.raises(ValueError, match=words):
         Task(**({"name": "a", "train_dataset": [1]} | options))
+
+
+def test_none_stays_allowed_after_a_parser_has_read_the_fields():
+    """HfArgumentParser changes the types of a dataclass's fields in place."""
+    from transformers import HfArgumentParser
+
+    HfArgumentParser((EBLoRAConfig,))
+    assert EBLoRAConfig(basis_budget=None, basis_from=None).basis_budget is None
