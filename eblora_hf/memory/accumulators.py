@@ -4,6 +4,7 @@ A sketch holds a matrix `d_out x d_in` or `d_in x d_in` in some columns. Sources
 for a matrix seen once (arXiv 1609.00048) and for a positive semi-definite one (arXiv 1706.05736).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..manifold.maps import restrict
 from .sketch import Sketch
 
+_ROWS = 1024  # of a sketch that are in float64 at a time
 _CHECKS = 64  # random combinations of rows that are kept out of a sketch to measure it
 
 
@@ -221,20 +223,35 @@ class MomentSketch:
         return [self._product, self._traces]
 
     def mean(self, count: float) -> Sketch:
-        dtype = _seen(self._product).dtype
-        omega = self._omega.double()
-        product = _seen(self._product).to(omega.device).double() / count
-        if not torch.isfinite(product).all() or not product.any():
-            return Sketch(product.mT.to(dtype))  # for whoever takes directions of it to refuse
+        total = _seen(self._product)
+        dtype, omega = total.dtype, self._omega
+        if not torch.isfinite(total).all() or not total.any():
+            return Sketch(total.mT)  # for whoever takes directions of it to refuse
         # shifted by the rounding of the sums, without which the small matrix need not be positive
-        shift = torch.finfo(dtype).eps * product.norm() * product.shape[1] ** 0.5
-        product = product + shift * omega
-        small = omega.mT @ product
+        shift = torch.finfo(dtype).eps * (total.norm().double() / count).item() * self._k**0.5
+
+        def parts() -> Iterator[tuple[slice, torch.Tensor]]:
+            """P = (K + shift) Ω in float64, some rows at a time: a whole copy of it would be the peak of a run."""
+            for start in range(0, len(total), _ROWS):
+                rows = slice(start, start + _ROWS)
+                yield rows, total[rows].to(omega.device).double() / count + shift * omega[rows].double()
+
+        small = torch.zeros(self._k, self._k, dtype=torch.float64, device=omega.device)  # Ωᵀ P
+        gram = torch.zeros_like(small)  # PᵀP
+        for rows, part in parts():
+            small += omega[rows].double().mT @ part
+            gram += part.mT @ part
         root = torch.linalg.cholesky((small + small.mT) / 2)
-        factor = torch.linalg.solve_triangular(root, product.mT, upper=False).mT  # factor factorᵀ = K + shift
-        left, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
-        energies = (sigma.square() - shift).clamp_min(0.0)
-        matrix = (left * energies.sqrt()).mT.to(dtype)
+        # P root⁻ᵀ has the Gram matrix root⁻¹ PᵀP root⁻ᵀ, whose eigenvalues are those of the approximation of K + shift
+        half = torch.linalg.solve_triangular(root, gram, upper=False)
+        inner = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+        values, vectors = values.flip(0), vectors.flip(1)
+        shares = ((values - shift) / values.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0.0)
+        combine = torch.linalg.solve_triangular(root.mT, vectors * shares.sqrt(), upper=True)  # (k, k)
+        matrix = torch.empty(self._k, self._d_in, dtype=dtype, device=omega.device)
+        for rows, part in parts():
+            matrix[:, rows] = (part @ combine).mT
         outside, inside = (self._traces / count).tolist()
         return Sketch(matrix, energy=outside + inside, inside=None if self._basis is None else inside)
 

@@ -80,9 +80,8 @@ class Observation:
         return self._moments.state_dict() | {"steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Adds what a `state_dict` holds."""
+        """Adds the sums that a `state_dict` holds."""
         self._moments.load_state_dict(state)
-        self.steps = max(self.steps, int(state["steps"]))
 
     def means(self) -> dict[str, torch.Tensor | Sketch]:
         """By layer name the mean over the tokens of all processes; the sums are let go."""

@@ -49,7 +49,7 @@ class KeepLoRA(Method):
         for layer in layers:
             missing = self._missing(layer, bases.get(layer.name))
             extension = self.extend(layer, snapshot[layer.name], _joined(bases.get(layer.name), missing))
-            if missing is not None:  # the first task brings the principal directions along
+            if missing is not None and missing.shape[1]:  # the first task brings the principal directions along
                 columns = torch.cat([missing.to(extension.columns), extension.columns], dim=1)
                 extension = replace(extension, columns=columns, energies=None)  # not in the order of the task's energy
             extensions[layer.name] = extension

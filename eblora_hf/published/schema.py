@@ -30,6 +30,7 @@ Text = Annotated[str, StringConstraints(max_length=500)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Options = dict[Word, bool | int | Number | Word | None]
 
 _CLOSED: Any = ConfigDict(strict=True, extra="forbid")
@@ -61,13 +62,14 @@ class BaseModelIdentity(TypedDict):
 class Captured(TypedDict, total=False):
     """What share of a task's energy the bases hold, on average over the layers and in the worst."""
 
-    captured: Number
-    captured_least: Number
+    captured: Share
+    captured_least: Share
     columns: Count
     layers_capped: Count
     layers: Count
 
 
+@with_config(_OPEN)
 class TrainingRecord(TypedDict, total=False):
     """How a task was trained: what a card shows of `training.json`. Further fields are for readers of the file."""
 

@@ -145,7 +145,7 @@ def warn_of_caps(task: str, extensions: dict[str, BasisExtension], budget: float
 
 def captured_by(extensions: dict[str, BasisExtension]) -> dict[str, Any]:
     """For the record of a task: what share of the energy its bases hold, and how many columns it has added."""
-    held = {name: extension.captured for name, extension in extensions.items()}
+    held = {name: min(max(x.captured, 0.0), 1.0) for name, x in extensions.items()}  # sums are off by rounding
     return {
         "captured": sum(held.values()) / len(held),
         "captured_least": min(held.values()),

@@ -29,7 +29,7 @@ class ObservingMixin(TrainerSurface):
     """Overrides the training step, which is observed towards the end of a task, and what a checkpoint holds of it."""
 
     _observation: Observation | None = None
-    _observed_before: dict[str, torch.Tensor] | None = None  # by the run that is resumed
+    _observed_before: tuple[int, list[dict[str, torch.Tensor]]] | None = None  # steps of a resumed run, and sums
 
     @property
     def observed_steps(self) -> int:
@@ -93,7 +93,9 @@ class ObservingMixin(TrainerSurface):
             may_overflow=self.accelerator.mixed_precision == "fp16",
         )
         if self._observed_before is not None:
-            observation.load_state_dict(self._observed_before)
+            observation.steps, states = self._observed_before
+            for state in states:
+                observation.load_state_dict(state)
         return observation
 
     def _scale(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Any:
@@ -115,6 +117,8 @@ class ObservingMixin(TrainerSurface):
         """
         wanted = self.observed_steps
         if not wanted:
+            if self.method.remembers == "token-gradients" and self.eblora_config.snapshot_fraction is None:
+                logger.info("The training was not observed, as its options want it: a snapshot of the task is taken.")
             return None
         if self._observation is None and self._observed_before is not None:
             self._observation = self._new_observation()
@@ -148,17 +152,22 @@ class ObservingMixin(TrainerSurface):
         Raises:
             ValueError: if a file is damaged.
         """
-        index, count = self.args.process_index, self.args.world_size
-        own = Path(checkpoint) / _FILE.format(index, count)
-        files = [own] if own.is_file() else sorted(Path(checkpoint).glob(_FILE.format("*", "*")))[index::count]
         self.forget_observation()
-        for file in files:
-            try:
-                state = safetensors.torch.load_file(file)
-            except safetensors.SafetensorError as error:
-                raise ValueError(
-                    f"{file} is damaged ({error}). Delete the checkpoint folder and resume from an earlier one."
-                ) from error
-            before = self._observed_before or {}
-            summed = {key: value + before[key] if key in before else value for key, value in state.items()}
-            self._observed_before = summed | {"steps": state["steps"]}
+        index, count = self.args.process_index, self.args.world_size
+        every = sorted(Path(checkpoint).glob(_FILE.format("*", "*")))
+        if not every:
+            return
+        own = Path(checkpoint) / _FILE.format(index, count)
+        files = [own] if own.is_file() else every[index::count]
+        # the number of steps is the same in all, and all have to agree whether they are enough
+        states = {file: _read(file) for file in {every[0], *files}}
+        self._observed_before = int(states[every[0]]["steps"]), [states[file] for file in files]
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Delete the checkpoint folder and resume from an earlier one."
+        ) from error

@@ -1,7 +1,6 @@
 """The highest memory of a whole run, ours over stock LoRA, and what it leaves on disk: two blocks of a 7B model."""
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from eblora_hf.adapters.layers import find_layers
 
 from .models import make_llama
 from .snapshot import peak_memory
+from .timing import in_own_process
 
 _BLOCKS, _TOKENS, _ROWS = 2, 256, 24
 CONTENDERS = ("lora", "ours")
@@ -23,11 +23,7 @@ CONTENDERS = ("lora", "ours")
 
 def measure_memory(size: str, contender: str, device: torch.device) -> dict[str, Any]:
     """In a process of its own, because the peak of a process never falls again."""
-    command = [sys.executable, "-m", "speed.memory", size, contender, str(device), str(torch.get_num_threads())]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    if result.returncode:
-        raise RuntimeError(f"The run of {contender!r} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return in_own_process("speed.memory", size, contender, str(device))
 
 
 def with_extra(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The snapshot of a task: extra peak memory over the adapted weights, and time over a plain training pass."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.memory.moments import token_gradient_moments
 
 from .models import batch_of, make_llama, with_lora
-from .timing import wait
+from .timing import in_own_process, wait
 
 MODES = {
     "gradients": (mean_gradients, Storage()),
@@ -30,11 +29,7 @@ _BLOCKS, _TOKENS, _BATCHES = 4, 128, 3
 
 def measure_snapshot(size: str, mode: str, device: torch.device) -> dict[str, Any]:
     """In a process of its own, because the peak of a process never falls again."""
-    command = [sys.executable, "-m", "speed.snapshot", size, mode, str(device), str(torch.get_num_threads())]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    if result.returncode:
-        raise RuntimeError(f"The snapshot {mode!r} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return in_own_process("speed.snapshot", size, mode, str(device))
 
 
 def _measure(size: str, mode: str, device: torch.device) -> dict[str, Any]:

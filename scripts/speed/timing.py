@@ -1,9 +1,13 @@
 """Interleaved timing, the layer sets, and what machine it was."""
 
+import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +65,15 @@ def interleaved(
         if (number >= 3 and elapsed > seconds) or elapsed > 4.0 * seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_own_process(module: str, *arguments: str) -> dict[str, Any]:
+    """The row that a module of this folder prints last, since the peak of a process never falls again."""
+    command = [sys.executable, "-m", module, *arguments, str(torch.get_num_threads())]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if result.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def wait(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """A basis from the last steps of training: what is summed up, when it is not enough, and that resuming is exact."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import logging
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence
 from eblora_hf.memory import observation
 from eblora_hf.memory.accumulators import MomentSketch, Storage
+from eblora_hf.trainers.observing import ObservingMixin
 
 from ..support.tiny import accuracy, lora, make_model, make_text_data
 from ..support.trainers import InterruptAt, InterruptionError, assert_same_files, load_published, make_trainer
@@ -157,6 +159,19 @@ def test_sums_of_more_processes_than_there_are_now(tmp_path):
     one, two = (PublishedSequence.open(tmp_path / name).bases() for name in ("whole", "parts"))
     for name in one:
         torch.testing.assert_close(two[name] @ two[name].T, one[name] @ one[name].T, atol=1e-4, rtol=0)
+
+
+def test_a_process_more_than_before_has_no_sums_and_knows_the_steps(tmp_path):
+    """Or it would find too little observed where the others find enough, and wait for them for ever."""
+    save_file({"steps": torch.tensor(3), "x.0": torch.ones(2)}, tmp_path / "eblora_observed-0-of-1.safetensors")
+    held = []
+    for index in range(2):
+        mixin = ObservingMixin()
+        mixin.args = SimpleNamespace(process_index=index, world_size=2)
+        mixin.load_observation(str(tmp_path))
+        held.append(mixin._observed_before)
+    assert [steps for steps, _ in held] == [3, 3]
+    assert [len(states) for _, states in held] == [1, 0]
 
 
 # ---- where too little was observed ----
