@@ -158,7 +158,7 @@ class MatrixSketch:
 
     def mean(self, count: float) -> Sketch:
         device = self._psi.device
-        right, left = _seen(self._right).to(device) / count, self._left.to(device)
+        right, left = _seen(self._right).to(device).div_(count), self._left.to(device)
         seen = 3 * self._k
         q = torch.linalg.qr(left).Q
         matrix = torch.linalg.lstsq(self._psi[:seen] @ q, right[:seen]).solution  # (k, d_in)

@@ -140,7 +140,7 @@ def mean_gradients(
                 f"{layer.name}: the loss sends no gradient to this layer, so it cannot be protected. Leave it out of "
                 "`target_modules`."
             )
-    return {layer.name: sums[layer.name].mean(weight_sum) for layer in layers}
+    return {layer.name: sums.pop(layer.name).mean(weight_sum) for layer in layers}
 
 
 class _Observe(torch.autograd.Function):

@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, their bytes and their hashes."""
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,24 @@ def sha256(path: Path) -> str:
 
 def write(path: Path, data: bytes) -> None:
     """Replaces a file in one step: its old or its new content is there whenever the process dies."""
+    with _replacing(path) as temporary, temporary.open("xb") as file:  # nobody else's, and no link to somewhere else
+        file.write(data)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replaces a safetensors file in one step, without its bytes in memory beside the tensors."""
+    with _replacing(path) as temporary:
+        safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives the name of a file to be made, which takes the place of the one at `path` at the end of the context."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with temporary.open("xb") as file:  # nobody else's, and no link to somewhere else
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -263,8 +263,8 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
                 self.plan_training()
             set_seed(seed)
             draw_lora_A(self.layers)
-            start = self.snapshot_of_start(task.train_dataset, seed)
-            self.start_from(self._decompose(self.method.begin_task, start))
+            start = self._decompose(self.method.begin_task, self.snapshot_of_start(task.train_dataset, seed))
+            self.start_from(start)
             self.forget_plan()
         else:
             self.resume_from(checkpoint)
@@ -295,8 +295,9 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         if measured.metric is not None:
             record["metric"] = as_word(measured.metric)
         self.unwrap()
-        end = self.observed() or self.snapshot(task.train_dataset, seed, self.method.remembers)
-        extensions = self._decompose(self.method.end_task, end)
+        extensions = self._decompose(  # which holds what was observed no longer than it needs it
+            self.method.end_task, self.observed() or self.snapshot(task.train_dataset, seed, self.method.remembers)
+        )
         adapter = folded_adapter(self.model, self.layers, factors)
         columns = {f"the basis of {name}": extension.columns for name, extension in extensions.items()}
         check_same_everywhere(adapter | columns)

@@ -16,7 +16,7 @@ from ..memory.budget import LayerShape, choose_storage
 from ..memory.observation import Observation
 from ..memory.sketch import Sketch
 from ..methods.base import Snapshot
-from ..published.files import tensor_bytes, write
+from ..published.files import write_tensors
 from .surface import TrainerSurface
 
 logger = logging.get_logger(__name__)
@@ -141,7 +141,7 @@ class ObservingMixin(TrainerSurface):
         if self._observation is not None:  # before the parent writes the state that says the checkpoint is whole
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             name = _FILE.format(self.args.process_index, self.args.world_size)
-            write(folder / name, tensor_bytes(self._observation.state_dict()))
+            write_tensors(folder / name, self._observation.state_dict())
         super()._save_checkpoint(model, trial)
 
     def load_observation(self, checkpoint: str) -> None:
