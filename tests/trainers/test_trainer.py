@@ -15,6 +15,7 @@ from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence, T
 from eblora_hf.adapters.composition import with_heads
 from eblora_hf.adapters.layers import find_layers
 from eblora_hf.adapters.states import heads_of
+from eblora_hf.memory.basis import join_basis
 from eblora_hf.memory.gradients import mean_gradients
 from eblora_hf.memory.moments import feature_moments, token_gradient_moments
 
@@ -34,8 +35,11 @@ from ..support.trainers import (
 HEAD_AS_LAYER = lora(target_modules=["query", "classifier"])
 
 
-def test_updates_are_balanced_and_avoid_the_bases(tmp_path):
-    trainer = make_trainer(tmp_path, tasks=("one", "two", "three"), eblora_config=EBLoRAConfig(energy_threshold=0.9))
+@pytest.mark.parametrize("basis_dtype", ["bfloat16", "float32"])
+def test_updates_are_balanced_and_avoid_the_bases(tmp_path, basis_dtype):
+    """Bases in bf16 are those that their columns give when they are made orthonormal again."""
+    config = EBLoRAConfig(energy_threshold=0.9, basis_dtype=basis_dtype)
+    trainer = make_trainer(tmp_path, tasks=("one", "two", "three"), eblora_config=config)
     trainer.train()
     published = PublishedSequence.open(tmp_path)
     bases: dict[str, torch.Tensor] = {}
@@ -50,7 +54,11 @@ def test_updates_are_balanced_and_avoid_the_bases(tmp_path):
             assert sigma[3] / sigma[0] > 0.99999
             if name in bases:
                 assert (a @ bases[name].double()).abs().max() < 2e-7
-            bases[name] = torch.cat([*([bases[name]] if name in bases else []), subspace[key]], dim=1)
+            assert subspace[key].dtype == getattr(torch, basis_dtype)
+            if basis_dtype == "float32":
+                bases[name] = torch.cat([*([bases[name]] if name in bases else []), subspace[key]], dim=1)
+            else:
+                bases[name] = join_basis(bases.get(name), subspace[key])
             assert subspace[f"{name}.captured"] >= 0.9
     for name, basis in bases.items():
         assert torch.equal(trainer.bases[name], basis)
