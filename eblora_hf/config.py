@@ -23,7 +23,7 @@ class EBLoRAConfig:
             `direction_lr`/√d times the update in units of its usual entry, so `learning_rate` has no influence on it
             while its schedule has. `"auto"` is 25 / steps of the task, at most 0.5.
         scale_lr (`float` or `"auto"`, defaults to `"auto"`): Learning rate of s, on the main schedule. `"auto"` is
-            1.2 / steps of the task, at most 0.05.
+            1.2 / steps of the task, at most 0.05; with an `anchor` three times as much.
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
         basis_from (`str`, *optional*): What a basis is grown from after a task: its mean gradient (`"gradients"`, as
             published for EBLoRA), the gradients of its single tokens, which do not cancel out
@@ -73,6 +73,12 @@ class EBLoRAConfig:
         replay_fraction (`float`, defaults to 0.0): Share of each task's rows that is kept in `output_dir`, and never
             pushed, to be mixed into the batches of later tasks. Not with heads of the tasks' own.
         replay_batch (`int`, defaults to 8): How many of those rows are added to every batch.
+        anchor_weight (`float`, defaults to 1.0): Weight w of the loss of an `anchor`: w T² KL(before ‖ now) for the
+            model before the task, and as much for the pre-trained one unless the anchor is `"random"`. Where the head
+            is drawn at random or each task has its own, what is held is the input of the head, by its squared error
+            over its variance. It is no part of the logged loss, but logged as `anchor_loss`.
+        anchor_temperature (`float`, defaults to 2.0): Temperature T of both answers.
+        anchor_samples (`int`, defaults to 8): Rows of the anchor in each step of the optimizer on each process.
         init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.
         init_scale_beta (`float`, defaults to 0.008): How much larger |s| is at the last block.
         num_layers (`int`, *optional*): Number of blocks in that rule, by default the model's own (the released code:
@@ -148,6 +154,11 @@ class EBLoRAConfig:
         default=0.0, metadata={"help": "Share of a task's rows that is kept for batches of later tasks."}
     )
     replay_batch: int = dataclasses.field(default=8, metadata={"help": "How many of them are added to a batch."})
+    anchor_weight: float = dataclasses.field(default=1.0, metadata={"help": "Weight of the loss of an anchor."})
+    anchor_temperature: float = dataclasses.field(
+        default=2.0, metadata={"help": "Temperature at which answers to an anchor are compared."}
+    )
+    anchor_samples: int = dataclasses.field(default=8, metadata={"help": "Rows of the anchor in each training step."})
     init_scale_alpha: float = dataclasses.field(
         default=0.002, metadata={"help": "|s| of the first block at the start of a task."}
     )
@@ -192,11 +203,13 @@ class EBLoRAConfig:
             "init_scale_alpha",
             "init_scale_beta",
             "step_constant",
+            "anchor_weight",
         ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
-        if self.basis_budget is not None and not 0.0 < self.basis_budget < math.inf:
-            raise ValueError(f"EBLoRAConfig(basis_budget={self.basis_budget!r}): expected a positive number, or None.")
+        for name in ("basis_budget", "anchor_temperature"):
+            if getattr(self, name) is not None and not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a positive number.")
         if self.method == "olora" and self.earlier_tasks_error:
             raise ValueError(
                 f"EBLoRAConfig(earlier_tasks_error={self.earlier_tasks_error!r}): O-LoRA's penalty is on the earlier "
@@ -209,7 +222,7 @@ class EBLoRAConfig:
                 f"EBLoRAConfig(replay_fraction={self.replay_fraction!r}, heads={self.heads!r}): rows of earlier tasks "
                 "have labels that the head in training does not answer. Set replay_fraction=0."
             )
-        for name in ("num_layers", "snapshot_samples", "snapshot_sketch", "replay_batch"):
+        for name in ("num_layers", "snapshot_samples", "snapshot_sketch", "replay_batch", "anchor_samples"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a positive whole number.")

@@ -33,6 +33,7 @@ class Method:
         merges_earlier_tasks (`bool`): Whether weights that hold the updates of earlier tasks will do for it; not if it
             looks at the weights without them, or at the updates themselves.
         remembers (`str`, *optional*): The snapshot at the trained weights that `end_task` extends bases from.
+        anchored (`bool`): Whether an anchor holds the answers of the model while it is trained; the trainer says so.
     """
 
     constrained = False
@@ -41,6 +42,7 @@ class Method:
     merges_earlier_tasks = True
     starts_from: Snapshot | None = None
     remembers: Snapshot | None = None
+    anchored = False
 
     def __init__(self, config: EBLoRAConfig):
         self.config = config

@@ -141,6 +141,8 @@ def _held_row(name: str, record: TrainingRecord) -> dict[str, Any] | None:
 def _training_row(name: str, record: TrainingRecord) -> dict[str, Any]:
     config = record.get("eblora_config", {})
     options = {key: value for key, value in config.items() if key != "method"} | record.get("task", {})
+    if anchor := record.get("anchor"):
+        options["anchor"] = f"{anchor['rows']} rows" if "rows" in anchor else "random"
     return {
         "name": name,
         "method": config.get("method", "not stated"),

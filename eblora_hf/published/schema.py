@@ -70,6 +70,15 @@ class Captured(TypedDict, total=False):
 
 
 @with_config(_OPEN)
+class AnchorRows(TypedDict, total=False):
+    """To which rows a task's training held the model's answers: how many, and the sha256 of their inputs."""
+
+    kind: Literal["rows", "random"]
+    rows: Count
+    sha256: Digest
+
+
+@with_config(_OPEN)
 class TrainingRecord(TypedDict, total=False):
     """How a task was trained: what a card shows of `training.json`. Further fields are for readers of the file."""
 
@@ -81,6 +90,7 @@ class TrainingRecord(TypedDict, total=False):
     versions: dict[Word, Word]
     metric: Word  # of the row in the index
     bases: Captured
+    anchor: AnchorRows
 
 
 @with_config(_CLOSED)

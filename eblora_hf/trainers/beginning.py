@@ -15,13 +15,12 @@ from .adoption import check_adoptable, name_of, read_plain, snapshots_of_update
 from .callback import TaskSequenceCallback, captured_by, stored_columns, warn_of_caps
 from .constrained import ConstrainedMixin
 from .opening import check_bases, open_sequence
-from .preparing import PreparingMixin
 from .processes import spread_over_processes, together
 
 logger = logging.get_logger(__name__)
 
 
-class BeginningMixin(PreparingMixin, ConstrainedMixin):
+class BeginningMixin(ConstrainedMixin):
     """
     Opens the sequence that a run goes on from.
 

@@ -14,17 +14,16 @@ from ..adapters.sharding import whole
 from ..adapters.switches import acts, is_switched_by_us, switch_back
 from ..manifold.optimizers import plain_optimizer
 from ..published.checks import check_finite
+from .anchoring import AnchoringMixin
 from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
 from .fsdp import ShardedMixin
-from .measuring import MeasuringMixin
-from .snapshots import SnapshotMixin
 
 logger = logging.get_logger(__name__)
 
 _NEVER = 2**62  # a step that no training reaches
 
 
-class ConstrainedMixin(MeasuringMixin, SnapshotMixin, ShardedMixin):
+class ConstrainedMixin(AnchoringMixin, ShardedMixin):
     """
     Overrides what a `Trainer` calls while it trains, so that the steps of its optimizer are what the method
     allows.
@@ -89,6 +88,7 @@ class ConstrainedMixin(MeasuringMixin, SnapshotMixin, ShardedMixin):
         if self.method.constrained:
             if self.constraint is not None:  # a second attempt with a smaller batch (`auto_find_batch_size`)
                 self.constraint.detach()
+            self.method.anchored = self.anchored
             constraint = self.method.constrain(
                 self.optimizer, self.layers, self._start, self.bases, num_training_steps
             )

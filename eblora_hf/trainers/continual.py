@@ -25,6 +25,7 @@ from ..methods.build import build_method
 from ..published.locks import one_writer
 from ..published.schema import as_word
 from ..tasks import Task, TaskSequence
+from .anchoring import check_anchor
 from .arguments import by_name, check_frozen, check_layers, check_set_up, holds_tasks, read_tasks, with_adapter
 from .beginning import BeginningMixin
 from .callback import training_record
@@ -63,6 +64,9 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             sequence on the Hub has it, and `True` for a new one.
         protect_data (dataset, *optional*): If `sequence` is a plain LoRA adapter: a sample of what it was trained on,
             from which its basis is taken. By default it is taken from the adapter itself.
+        anchor (dataset or `"random"`, *optional*): A few dozen rows like those that the model was pre-trained on, to
+            which every training step holds its answers (`EBLoRAConfig.anchor_weight`); their labels are not used.
+            `"random"` draws inputs instead, which holds what was learnt less, and takes no data.
 
     Attributes:
         source (`str` or `Path`, *optional*): The published sequence that is continued.
@@ -83,6 +87,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         task_name: str | None = None,
         push_bases: bool | str | None = None,
         protect_data: Any = None,
+        anchor: Any = None,
         **kwargs,
     ):
         arguments = by_name(type(self), ContinualMixin, args, kwargs)
@@ -92,6 +97,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         self.eblora_config = eblora_config or EBLoRAConfig()
         self.method = build_method(self.eblora_config)
         check_set_up(arguments, self.eblora_config, self.method.constrained, continues=sequence is not None)
+        check_anchor(anchor, arguments.get("args"))
         given = arguments.get("model")
         if sequence is not None and peft_config is None and not isinstance(given, PeftModel):
             peft_config = config_to_continue(sequence, arguments.get("args"))
@@ -117,6 +123,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             for copied in set(model.peft_config) - adapters:  # TRL's reference, which `disable_adapter` is here
                 model.delete_adapter(copied)
             self.tasks = self.tasks and self.prepared(self.tasks)
+            self.prepare_anchor(anchor)
             self.check_replay()
             self.check_sharding()
         except Exception:
@@ -219,6 +226,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         """Learns one task: the events of docs/architecture.md in their order, up to a stop in mid-training."""
         seed = self.args.seed + len(self.begun.sequence.tasks)
         self._renew_adapter(task, seed)
+        self.begin_anchor(task, seed)
         self._start_task(task, seed, checkpoint)
         output = self._train_task(task, seed, checkpoint, trial, ignore_keys)
         if not self.is_trained:
@@ -283,11 +291,13 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
     def _leave_training(self, task: Task) -> tuple[dict[str, Factors], dict[str, Any]]:
         """What training leaves beside the adapter: the factors of a constraint, and how the task was trained."""
         record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
-        if self._earlier_record:
-            record["earlier_tasks"] = self._earlier_record
+        earlier = {"earlier_tasks": self._earlier_record} if self._earlier_record else {}
         self.check_finite(task.name)
         self.method.finish_training(self.layers)
-        return self.constraint.factors() if self.constraint is not None else {}, record
+        return (
+            self.constraint.factors() if self.constraint is not None else {},
+            record | earlier | self.anchor_record(),
+        )
 
     def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], measured: Measured) -> None:
         """Extends the bases by what was observed at the trained weights, and appends the task to the sequence."""

@@ -52,6 +52,7 @@ class ContinualEBLoRASeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
         task_name: str | None = None,
         push_bases: bool | str | None = None,
         protect_data: Dataset | None = None,
+        anchor: Dataset | str | None = None,
     ):
         super().__init__(
             model=model,
@@ -72,4 +73,5 @@ class ContinualEBLoRASeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
             task_name=task_name,
             push_bases=push_bases,
             protect_data=protect_data,
+            anchor=anchor,
         )

@@ -64,6 +64,7 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
         task_name: str | None = None,
         push_bases: bool | str | None = None,
         protect_data: Dataset | None = None,
+        anchor: Dataset | str | None = None,
     ):
         if isinstance(model, str):
             model, args = _load(model, args, quantization_config)
@@ -89,6 +90,7 @@ class ContinualEBLoRASFTTrainer(ContinualMixin, SFTTrainer):
             task_name=task_name,
             push_bases=push_bases,
             protect_data=protect_data,
+            anchor=anchor,
         )
 
     def prepared(self, tasks: TaskSequence) -> TaskSequence:

@@ -63,6 +63,7 @@ class ContinualEBLoRATrainer(ContinualMixin, Trainer):
         task_name: str | None = None,
         push_bases: bool | str | None = None,
         protect_data: Dataset | None = None,
+        anchor: Dataset | str | None = None,
     ):
         super().__init__(
             model=model,
@@ -84,4 +85,5 @@ class ContinualEBLoRATrainer(ContinualMixin, Trainer):
             task_name=task_name,
             push_bases=push_bases,
             protect_data=protect_data,
+            anchor=anchor,
         )
