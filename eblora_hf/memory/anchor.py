@@ -125,5 +125,6 @@ def positions_of(outputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tens
 
 
 def _at(outputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Outputs at flattened positions, in float32: `(n, C)`."""
-    return outputs.reshape(-1, outputs.shape[-1])[positions].float()
+    """Outputs `(n, C)` at flattened positions, in float32 or wider."""
+    chosen = outputs.reshape(-1, outputs.shape[-1])[positions]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))

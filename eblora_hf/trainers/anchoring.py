@@ -182,7 +182,7 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         again: DataLoader = DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
         try:
             yield from again
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:
             error.add_note("This happened while rows of the `anchor` went through the trainer's collator.")
             raise
 
@@ -212,6 +212,9 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         try:
             with self.compute_loss_context_manager():
                 outputs = self._held_outputs(self.model, part)
+        except Exception as error:
+            error.add_note("This happened while the model answered to rows of the `anchor`, without their labels.")
+            raise
         finally:
             self.model.train(training)
         if self._head is not None:

@@ -2,8 +2,8 @@
 Run by test_processes.py, under torchrun or alone: two tasks on every process, which then writes what it holds.
 
 The argument is JSON: `folder`, `per_device`, `method`, and if wanted `shard` (FSDP2), `steps` of a task, `dtype`,
-`rows` of data, `interrupt` at a step of the second task, `resume`, `best` to load the best checkpoint, `unseeded`
-models, `drift` of one process, or `stock`: plain LoRA by the stock Trainer, on the first task.
+`rows` of data, `anchor` rows in a step, `interrupt` at a step of the second task, `resume`, `best` to load the best
+checkpoint, `unseeded` models, `drift` of one process, or `stock`: plain LoRA by the stock Trainer, on the first task.
 """
 
 import json
@@ -72,7 +72,10 @@ def make_trainer():
     if options.get("stock"):
         return Trainer(model=get_peft_model(model, lora()), args=args, train_dataset=data["one"], callbacks=[Hold()])
     snapshots = {} if options.get("observe") else {"snapshot_fraction": 1.0}
-    config = EBLoRAConfig(method=options["method"], direction_lr=0.05, scale_lr=0.01, **snapshots)
+    anchored = options.get("anchor", 8)
+    config = EBLoRAConfig(
+        method=options["method"], direction_lr=0.05, scale_lr=0.01, anchor_samples=anchored, **snapshots
+    )
     return (Sharded if options.get("shard") else ContinualEBLoRATrainer)(
         model=model,
         args=args,
@@ -80,6 +83,7 @@ def make_trainer():
         train_dataset=data,
         eval_dataset=data if options.get("best") else None,
         eblora_config=config,
+        anchor=make_text_data("llama", seed=9, size=16) if "anchor" in options else None,
         callbacks=[Hold(), *([Interrupt()] if "interrupt" in options else [])],
     )
 

@@ -140,6 +140,21 @@ def test_interrupted_while_a_basis_is_observed(run, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_anchor(run, tmp_path, kind):
+    """Its rows are shared out: the updates of one process with as many, the same bits when it is resumed."""
+    (one,) = run(**ONE, anchor=8, dtype="float64")
+    (without,) = run(**ONE, dtype="float64")
+    first, second = run(**KINDS[kind], anchor=4, dtype="float64")
+    assert_same(first, second)
+    assert max(difference(one, first, task) for task in ("one", "two")) <= 1e-11
+    assert min(difference(one, without, task) for task in ("one", "two")) >= 1e-4
+    assert start(tmp_path, **KINDS[kind], anchor=4, dtype="float64", interrupt=4).returncode == 0
+    resumed, other = launch(tmp_path, **KINDS[kind], anchor=4, dtype="float64", resume=True)
+    assert_same(resumed, other)
+    assert all(torch.equal(resumed[key], first[key]) for key in resumed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_the_first_process_saves_loads_in_stock_peft(tmp_path, kind):
     launch(tmp_path, **KINDS[kind], best=True)
     assert PublishedSequence.open(tmp_path / "out").names == ["one", "two"]

@@ -10,7 +10,7 @@ from trl import SFTTrainer
 
 from eblora_hf import ContinualEBLoRASeq2SeqTrainer, ContinualEBLoRASFTTrainer, ContinualEBLoRATrainer
 
-OURS = {"peft_config", "eblora_config", "sequence", "task_name", "push_bases", "protect_data"}
+OURS = {"peft_config", "eblora_config", "sequence", "task_name", "push_bases", "protect_data", "anchor"}
 PAIRS = [
     (ContinualEBLoRATrainer, Trainer),
     (ContinualEBLoRASeq2SeqTrainer, Seq2SeqTrainer),
