@@ -23,7 +23,8 @@ class EBLoRAConfig:
             `direction_lr`/√d times the update in units of its usual entry, so `learning_rate` has no influence on it
             while its schedule has. `"auto"` is 25 / steps of the task, at most 0.5.
         scale_lr (`float` or `"auto"`, defaults to `"auto"`): Learning rate of s, on the main schedule. `"auto"` is
-            1.2 / steps of the task, at most 0.05; with an `anchor` three times as much.
+            1.2 / steps of the task, at most 0.05; with a penalty half as much again, with an `anchor` three times as
+            much.
         scale_weight_decay (`float`, defaults to 0.0): Decoupled weight decay of s.
         basis_from (`str`, *optional*): What a basis is grown from after a task: its mean gradient (`"gradients"`, as
             published for EBLoRA), the gradients of its single tokens, which do not cancel out
@@ -73,6 +74,9 @@ class EBLoRAConfig:
         replay_fraction (`float`, defaults to 0.0): Share of each task's rows that is kept in `output_dir`, and never
             pushed, to be mixed into the batches of later tasks. Not with heads of the tasks' own.
         replay_batch (`int`, defaults to 8): How many of those rows are added to every batch.
+        penalty_weight (`float`, defaults to 10.0): β of the penalty β/2 tr(ΔWᵀ O ΔW C) for changing what earlier tasks
+            react to, with O ⊗ C the curvature (K-FAC) of their losses in a weight, of which 2 r directions a task are
+            kept on either side, beside the basis. It takes bases of token gradients. 0 for none, as published.
         anchor_weight (`float`, defaults to 1.0): Weight w of the loss of an `anchor`: w T² KL(before ‖ now) for the
             model before the task, and as much for the pre-trained one unless the anchor is `"random"`. Where the head
             is drawn at random or each task has its own, what is held is the input of the head, by its squared error
@@ -98,7 +102,7 @@ class EBLoRAConfig:
         default="auto", metadata={"help": "Dimensionless step of U and V, or 'auto' (25 / steps)."}
     )
     scale_lr: Rate = dataclasses.field(
-        default="auto", metadata={"help": "Learning rate of the scales s, or 'auto' (1.2 / steps)."}
+        default="auto", metadata={"help": "Learning rate of the scales s, or 'auto' (1.2 to 3.6 / steps)."}
     )
     scale_weight_decay: float = dataclasses.field(default=0.0, metadata={"help": "Decoupled weight decay of s."})
     basis_from: Literal["gradients", "token-gradients", "features"] | None = dataclasses.field(
@@ -154,6 +158,9 @@ class EBLoRAConfig:
         default=0.0, metadata={"help": "Share of a task's rows that is kept for batches of later tasks."}
     )
     replay_batch: int = dataclasses.field(default=8, metadata={"help": "How many of them are added to a batch."})
+    penalty_weight: float = dataclasses.field(
+        default=10.0, metadata={"help": "Weight of the penalty for changing what earlier tasks react to."}
+    )
     anchor_weight: float = dataclasses.field(default=1.0, metadata={"help": "Weight of the loss of an anchor."})
     anchor_temperature: float = dataclasses.field(
         default=2.0, metadata={"help": "Temperature at which answers to an anchor are compared."}
@@ -204,6 +211,7 @@ class EBLoRAConfig:
             "init_scale_beta",
             "step_constant",
             "anchor_weight",
+            "penalty_weight",
         ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
@@ -234,7 +242,8 @@ class EBLoRAConfig:
         multiplied by the released γ = lora_alpha / r.
 
         Args:
-            name (`str`): `"ucit"` goes with `LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)` and
+            name (`str`): `"published"` is the method of the paper, at the learning rates of this package: bases of
+                mean gradients and no penalty. `"ucit"` goes with `LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)` and
                 `learning_rate=2e-4, weight_decay=0.1` (2e-5 for the sixth task); `"mllm-dcl"` with
                 `LoraConfig(r=32, lora_alpha=160, lora_dropout=0.05)` and `learning_rate=2e-5`. Both use a cosine
                 schedule with `warmup_ratio=0.03`.
@@ -242,8 +251,11 @@ class EBLoRAConfig:
         Raises:
             ValueError: for any other name.
         """
+        if name == "published":
+            return cls(basis_from="gradients", tangent="canonical", snapshot_fraction=1.0, penalty_weight=0.0)
         released: dict[str, Any] = {
             "basis_from": "gradients",
+            "penalty_weight": 0.0,
             "tangent": "canonical",
             "step_scaling": "rank",
             "snapshot_at": "pretrained",
@@ -258,7 +270,7 @@ class EBLoRAConfig:
             return cls(**released, scale_lr=4e-4, scale_weight_decay=0.05, init_scale_alpha=0.0, init_scale_beta=0.0)
         if name == "mllm-dcl":
             return cls(**released, scale_lr=1e-4, init_scale_alpha=0.01, init_scale_beta=0.03)  # γ = 5
-        raise ValueError(f"EBLoRAConfig.preset({name!r}): expected 'ucit' or 'mllm-dcl'.")
+        raise ValueError(f"EBLoRAConfig.preset({name!r}): expected 'published', 'ucit' or 'mllm-dcl'.")
 
 
 def _number(name: str, value: Any) -> float:

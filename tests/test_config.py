@@ -52,7 +52,13 @@ def test_presets():
     assert ucit.step_scaling == dcl.step_scaling == "rank"
     assert (ucit.init_scale_alpha, ucit.init_scale_beta) == (0.0, 0.0)
     assert (dcl.init_scale_alpha, dcl.init_scale_beta) == pytest.approx((5 * 0.002, 5 * 0.006))  # γ = 5
-    with pytest.raises(ValueError, match="'ucit' or 'mllm-dcl'"):
+    published = EBLoRAConfig.preset("published")
+    assert (published.basis_from, published.penalty_weight, published.step_scaling) == (
+        "gradients",
+        0.0,
+        "dimensionless",
+    )
+    with pytest.raises(ValueError, match="'published', 'ucit' or 'mllm-dcl'"):
         EBLoRAConfig.preset("imagenet")
 
 

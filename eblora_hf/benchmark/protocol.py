@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -27,6 +27,7 @@ from .transformations import PROTOCOL_TASKS, transformation
 
 STEPS_PER_TASK = 60
 RANK = 4
+ANCHOR_ROWS = 90  # of the pre-training, without labels
 BASE = "upright digits"  # name of the set that shows how much of the pre-training survives; no task can have it
 
 # per method the grid it is tuned on, as many settings for each, and what that gave; a variant names its `method`
@@ -85,7 +86,8 @@ def run_method(
         base_model (`nn.Module`): The pre-trained model, which is left as it is.
         splits (`dict[str, Digits]`): From [`load_digits`].
         seed (`int`): Seed of the training.
-        settings (`dict`, *optional*): `learning_rate` and options of [`EBLoRAConfig`] instead of the tuned ones.
+        settings (`dict`, *optional*): `learning_rate` and options of [`EBLoRAConfig`] instead of the tuned ones; and
+            `anchor`, `"random"` or `"rows"`: 90 of those that the model was pre-trained on.
         tasks (`Sequence[str]`): Names of transformations, in the order they are learnt.
         rank (`int`): LoRA rank of each task.
         measured_on (`str`): The split to measure on: `"test"`, or `"validation"` while tuning.
@@ -108,8 +110,12 @@ def run_method(
         if method == "joint":
             args = dataclasses.replace(args, max_steps=args.max_steps * len(tasks))
             return _joint(model, args, train_sets, test_sets, rank=rank * len(tasks), advance=advance)
+        anchor = settings.pop("anchor", None)
+        if anchor == "rows":
+            anchor = Subset(splits["train"].transformed(lambda images: images), range(ANCHOR_ROWS))
         config = EBLoRAConfig(method=TUNING[method].get("method", method), **settings)
-        return _continual(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
+        how: dict[str, Any] = {"config": config, "rank": rank, "anchor": anchor, "advance": advance}
+        return _continual(model, args, train_sets, test_sets, how)
 
 
 @contextlib.contextmanager
@@ -153,6 +159,7 @@ def train(
     *,
     config: EBLoRAConfig,
     rank: int = RANK,
+    anchor: Dataset | str | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> ContinualEBLoRATrainer:
     """
@@ -165,6 +172,7 @@ def train(
         test_sets (`dict[str, Dataset]`, *optional*): What to measure after each task; it has every task.
         config ([`EBLoRAConfig`]): Method and options.
         rank (`int`): LoRA rank of each task.
+        anchor (`Dataset` or `"random"`, *optional*): As in [`ContinualMixin`].
         advance (`Callable`): Called after each of the training steps.
 
     Returns:
@@ -179,17 +187,18 @@ def train(
         eval_dataset=test_sets,
         compute_metrics=_accuracy,
         callbacks=[_StepProgress(advance)],
+        anchor=anchor,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
 
-def _continual(model, args, train_sets, test_sets, *, config, rank, advance) -> MethodResult:
-    trainer = train(model, args, train_sets, test_sets, config=config, rank=rank, advance=advance)
+def _continual(model, args, train_sets, test_sets, how: dict[str, Any]) -> MethodResult:
+    trainer = train(model, args, train_sets, test_sets, **how)
     published = trainer.begun.sequence
     base = published.tasks[-1].metrics[BASE]
-    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[:rank])
+    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[: how["rank"]])
 
 
 def _joint(model, args, train_sets, test_sets, *, rank, advance) -> MethodResult:

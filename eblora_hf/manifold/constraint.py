@@ -19,6 +19,7 @@ from ..adapters.layers import AdaptedLayer
 from ..adapters.sharding import is_sharded
 from . import inplace, maps
 from .optimizers import ParameterGroups, entry_size
+from .penalty import KroneckerPenalty
 from .sharded_stack import ShardedStack
 from .stack import FactorStack, of_similar_width
 from .step_hooks import StepHooks
@@ -45,6 +46,7 @@ class StiefelConstraint(StepHooks):
         tangent (`str`, defaults to `"canonical"`): `"canonical"` for the released map, `"orthogonal"` for the
             projection.
         scale_betas, scale_eps, scale_weight_decay: Hyper-parameters of the AdamW that trains s.
+        penalty ([`KroneckerPenalty`], *optional*): Its gradient is added to that of the loss, after clipping.
 
     Attributes:
         direction_lr (`float`): Step of U and V under the dimensionless scaling.
@@ -70,17 +72,19 @@ class StiefelConstraint(StepHooks):
         scale_betas: tuple[float, float] = (0.9, 0.999),
         scale_eps: float = 1e-8,
         scale_weight_decay: float = 0.0,
+        penalty: KroneckerPenalty | None = None,
     ):
         super().__init__(optimizer)
         self.groups = ParameterGroups(self.optimizer)
         self.layers = layers
         self.direction_lr, self.scale_lr = direction_lr, scale_lr
         self.step_scaling, self.step_constant = step_scaling, float(step_constant)
-        self.tangent = tangent
+        self.tangent, self.penalty = tangent, penalty
         self._check(factors, bases or {})
         self._stacks = self._stack(factors, bases or {})
         scales = {index: s for stack in self._stacks for index, s in zip(stack.layers, stack.scales, strict=False)}
         self.scales = [scales[index] for index in range(len(layers))]
+        self._left, self._right = self._masters()
         self._batches: list[list[tuple[FactorStack, slice]]] = []
         self._scale_optimizer = torch.optim.AdamW(
             self._scale_groups(),
@@ -172,6 +176,8 @@ class StiefelConstraint(StepHooks):
         """Gives the optimizer tangent gradients, and the factors themselves as parameters."""
         x, values, gradients = stack.x[rows], stack.values[rows], stack.take_gradients(rows)
         z = gradients.to(x.dtype)  # the same memory where it is the same dtype
+        if self.penalty is not None:
+            self._add_penalty(self.penalty, stack, rows, z)
         inner = inplace.tangent_(z, x, stack.basis_of(rows), self.tangent)
         if not stack.is_v:
             self.apply_chain_rule(stack, rows, z, inner)
@@ -182,6 +188,13 @@ class StiefelConstraint(StepHooks):
             values.copy_(x)
         stack.give_gradients(rows)
         stack.give_values(rows)
+
+    def _add_penalty(self, penalty: KroneckerPenalty, stack: FactorStack, rows: slice, z: torch.Tensor) -> None:
+        """Adds its gradient in B or V to that of the loss; B is (s/γ) U."""
+        for index, gradient in zip(stack.layers[rows], z, strict=True):
+            u, v, s, layer = self._left[index], self._right[index], self.scales[index], self.layers[index]
+            scale = self.gradient_scale * (1.0 if stack.is_v else layer.scaling)
+            penalty.add_slope(gradient, layer.name, u, v, s, of_v=stack.is_v, scale=scale)
 
     def apply_chain_rule(self, stack: FactorStack, rows: slice, z: torch.Tensor, inner: torch.Tensor) -> None:
         """
@@ -270,14 +283,15 @@ class StiefelConstraint(StepHooks):
 
     def factors(self) -> dict[str, Factors]:
         """The current factors by layer name; U and V are views of the masters."""
-        u: dict[int, torch.Tensor] = {}
-        v: dict[int, torch.Tensor] = {}
-        for stack in self._stacks:
-            (v if stack.is_v else u).update(zip(stack.layers, stack.x, strict=True))
         return {
-            layer.name: Factors(u[index], v[index], self.scales[index].item())
+            layer.name: Factors(self._left[index], self._right[index], self.scales[index].item())
             for index, layer in enumerate(self.layers)
         }
+
+    def _masters(self) -> list[dict[int, torch.Tensor]]:
+        """Views of all U and of all V, by the number of the layer."""
+        sides = ([stack for stack in self._stacks if stack.is_v is side] for side in (False, True))
+        return [{i: x for stack in side for i, x in zip(stack.layers, stack.x, strict=True)} for side in sides]
 
     @property
     def bases(self) -> dict[str, torch.Tensor]:

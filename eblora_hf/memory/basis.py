@@ -26,6 +26,10 @@ class BasisExtension:
         capped (`bool`): Whether a cap on the columns stopped the extension below the energy threshold.
         energies (`torch.Tensor` of shape `(k,)`, *optional*): `captured` after each of the columns.
         inside (`float`): `captured` without them.
+        beyond (`torch.Tensor` of shape `(d_in, m)`, *optional*): The directions that follow them, each by the root of
+            its share of the energy.
+        outputs (`torch.Tensor` of shape `(d_out, q)`, *optional*): A root of the layer's curvature on the side of its
+            outputs, as in [`Curvature`].
     """
 
     columns: torch.Tensor
@@ -33,6 +37,8 @@ class BasisExtension:
     capped: bool = False
     energies: torch.Tensor | None = None
     inside: float = 0.0
+    beyond: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
 
 
 def extend_basis(
@@ -44,6 +50,7 @@ def extend_basis(
     second_moment: bool = False,
     total: float | None = None,
     inside: float | None = None,
+    beyond: int = 0,
     name: str = "gradient",
 ) -> BasisExtension:
     """
@@ -63,6 +70,8 @@ def extend_basis(
         second_moment (`bool`, defaults to `False`): The matrix is K = GᵀG `(d_in, d_in)`, whose energy is its trace.
         total (`float`, *optional*): E, where it is known and `matrix` is a part of what it belongs to (a sketch).
         inside (`float`, *optional*): The energy in the basis, where it is known and `matrix` is of the rest.
+        beyond (`int`, defaults to 0): How many directions after the new columns are wanted as well, if that many have
+            been found.
         name (`str`): Layer to name in errors.
 
     Returns:
@@ -103,9 +112,16 @@ def extend_basis(
             available = min(wanted, len(found))  # so much is no noise
         kept = min(wanted, available if max_columns is None else min(available, max_columns))
         columns = orthonormalize_against(directions[:, :kept], basis)  # (d_in, k)
+        following = slice(kept, min(kept + beyond, max(available, kept)))
+        roots = (found[following] / total).sqrt().to(directions)
     captured = float(energies[kept - 1]) if kept > 0 else float(inside)
     return BasisExtension(
-        columns.contiguous(), captured, kept < min(wanted, available), energies[:kept].cpu(), float(inside)
+        columns.contiguous(),
+        captured,
+        kept < min(wanted, available),
+        energies[:kept].cpu(),
+        float(inside),
+        (directions[:, following] * roots).contiguous() if beyond else None,
     )
 
 

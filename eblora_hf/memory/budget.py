@@ -107,12 +107,18 @@ def _first(extension: BasisExtension, count: int) -> BasisExtension:
         return extension
     energies = extension.energies[:count] if extension.energies is not None else None
     captured = min(float(energies[-1]), extension.captured) if energies is not None and count else extension.inside
+    beyond = extension.beyond
+    if beyond is not None:
+        roots = _shares(extension)[count:].clamp_min(0.0).sqrt().to(extension.columns)
+        wanted = beyond.shape[1] if extension.outputs is None else extension.outputs.shape[1]
+        beyond = torch.cat([extension.columns[:, count:] * roots, beyond], dim=1)[:, :wanted].contiguous()
     return dataclasses.replace(
         extension,
         columns=extension.columns[:, :count].contiguous(),
         captured=captured,
         capped=True,
         energies=energies,
+        beyond=beyond,
     )
 
 

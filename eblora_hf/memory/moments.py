@@ -4,7 +4,7 @@ Either is an alternative to the mean gradient, in which the gradients of samples
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -119,11 +119,18 @@ class Moments:
         storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
         bases (`dict[str, torch.Tensor]`, *optional*): By layer name orthonormal columns `(d_in, p)`. A sketch then
             keeps what lies outside them, and of what lies inside no more than its energy.
+        side (`str`, defaults to `"d_in"`): Or `"d_out"`: which size the rows have.
     """
 
-    def __init__(self, layers: list[AdaptedLayer], storage: Storage, bases: dict[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        layers: list[AdaptedLayer],
+        storage: Storage,
+        bases: dict[str, torch.Tensor] | None = None,
+        side: Literal["d_in", "d_out"] = "d_in",
+    ):
         self._layers, bases = layers, bases or {}
-        self._sums = {layer.name: storage.moment(layer.d_in, bases.get(layer.name)) for layer in layers}
+        self._sums = {layer.name: storage.moment(getattr(layer, side), bases.get(layer.name)) for layer in layers}
         self._counts = dict.fromkeys(self._sums, 0)
 
     def add(
@@ -150,7 +157,7 @@ class Moments:
 
     def _all_counts(self) -> dict[str, int]:
         """Tokens by layer name, over all processes."""
-        counts = torch.tensor(list(self._counts.values()), device=self._layers[0].weight.device)
+        counts = torch.tensor(list(self._counts.values()), device=self.device)
         if _distributed():
             torch.distributed.all_reduce(counts)
         return dict(zip(self._counts, counts.tolist(), strict=True))
@@ -170,8 +177,13 @@ class Moments:
             for number, total in enumerate(self._sums[layer.name].tensors(like=layer.weight)):
                 total.add_(state[f"{layer.name}.{number}"].to(total))
 
-    def means(self) -> dict[str, torch.Tensor | Sketch]:
-        """By layer name the mean over all tokens of all processes; the sums are let go."""
+    @property
+    def device(self) -> torch.device:
+        """Of the layers."""
+        return self._layers[0].weight.device
+
+    def means(self, items: float | None = None) -> dict[str, torch.Tensor | Sketch]:
+        """By layer name the mean over all tokens of all processes, or over so many `items`; the sums are let go."""
         means, counts = {}, self._all_counts()
         for layer in self._layers:
             if counts[layer.name] == 0:
@@ -182,7 +194,7 @@ class Moments:
             total = self._sums.pop(layer.name)
             for summand in total.tensors(like=layer.weight) if _distributed() else ():
                 all_reduce(summand, layer.weight.device)
-            means[layer.name] = total.mean(counts[layer.name])
+            means[layer.name] = total.mean(counts[layer.name] if items is None else items)
         return means
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..adapters.layers import AdaptedLayer
 from .accumulators import Storage
+from .curvature import CurvatureMoments, joined_moments, output_moments
 from .gradients import watched_gradients
 from .moments import Moments, squared_norms
 from .sketch import Sketch
@@ -20,6 +21,8 @@ class Observation:
     The second moment of the gradients of single tokens, [`token_gradient_moments`], of the training steps within
     [`watching`]. Of each pass as many tokens are taken as are needed to know the moment, not all.
 
+    With `both_sides` also the moments of the gradients at the layers' outputs, [`curvature_moments`].
+
     Args:
         layers (`list[AdaptedLayer]`): The layers that are trained.
         storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
@@ -28,6 +31,7 @@ class Observation:
         processes (`int`, defaults to 1): How many processes watch as many.
         may_overflow (`bool`, defaults to `False`): Whether gradients may be infinite, as those of float16 may. The
             tokens that have such gradients count for nothing; the optimizer makes no step of them either.
+        both_sides (`bool`, defaults to `False`): Whether the outputs are observed as well.
 
     Attributes:
         steps (`int`): Optimizer steps of which passes have been watched.
@@ -42,22 +46,27 @@ class Observation:
         *,
         processes: int = 1,
         may_overflow: bool = False,
+        both_sides: bool = False,
     ):
         self._layers, self._may_overflow = layers, may_overflow
         self._moments = Moments(layers, storage, bases)
+        self._outputs = output_moments(layers, storage) if both_sides else None
+        self._items = torch.zeros((), dtype=torch.float64)  # of the loss, in the steps that were watched
         passes *= processes
         self._tokens = {layer.name: math.ceil(_TOKENS_PER_INPUT * layer.d_in / passes) for layer in layers}
         self.steps, self._newest = 0, -1
 
     @contextlib.contextmanager
-    def watching(self, step: int, scale: float | torch.Tensor) -> Iterator[None]:
+    def watching(self, step: int, items: float | torch.Tensor, scale: float | torch.Tensor = 1.0) -> Iterator[None]:
         """
         Within the context backward passes are summed up.
 
         Args:
             step (`int`): Number of the optimizer step that they are part of.
-            scale (`float`): What turns their gradients into those of a sum over samples.
+            items (`float`): By how many items the loss of that step is divided, on this process.
+            scale (`float`, defaults to 1.0): What the loss is multiplied by beside.
         """
+        scale = items / scale
 
         def see(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
             weights = squared_norms(delta, scale)
@@ -65,10 +74,15 @@ class Observation:
                 weights = torch.where(torch.isfinite(weights), weights, 0.0)
                 x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
             self._moments.add(layer, x, weights, self._tokens[layer.name])
+            if self._outputs is not None:
+                rows = delta.to(layer.sum_dtype) * scale
+                self._outputs.add(layer, torch.nan_to_num(rows, 0.0, 0.0, 0.0) if self._may_overflow else rows)
 
         with watched_gradients(self._layers, see):
             yield
-        self.steps += step != self._newest
+        if step != self._newest:
+            self.steps += 1
+            self._items = self._items.to(getattr(items, "device", "cpu")) + items
         self._newest = step
 
     def missing(self) -> list[str]:
@@ -77,12 +91,21 @@ class Observation:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What this process has summed up so far, to go on from."""
-        return self._moments.state_dict() | {"steps": torch.tensor(self.steps)}
+        state = self._moments.state_dict() | {"steps": torch.tensor(self.steps), "items": self._items}
+        outputs = {} if self._outputs is None else self._outputs.state_dict()
+        return state | {f"outputs of {name}": value for name, value in outputs.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Adds the sums that a `state_dict` holds."""
         self._moments.load_state_dict(state)
+        self._items += state["items"]
+        if self._outputs is not None:
+            mark = "outputs of "
+            own = {key.removeprefix(mark): value for key, value in state.items() if key.startswith(mark)}
+            self._outputs.load_state_dict(own)
 
-    def means(self) -> dict[str, torch.Tensor | Sketch]:
+    def means(self) -> dict[str, torch.Tensor | Sketch] | dict[str, CurvatureMoments]:
         """By layer name the mean over the tokens of all processes; the sums are let go."""
-        return self._moments.means()
+        if self._outputs is None:
+            return self._moments.means()
+        return joined_moments(self._moments, self._outputs, self._items)

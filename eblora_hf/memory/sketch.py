@@ -39,6 +39,7 @@ def extend_basis_from_sketch(
     threshold: float = 0.99,
     max_columns: int | None = None,
     may_miss: bool = False,
+    beyond: int = 0,
     name: str = "gradient",
 ) -> BasisExtension:
     """
@@ -49,7 +50,7 @@ def extend_basis_from_sketch(
 
     Args:
         sketch ([`Sketch`]): Of a mean gradient or a second moment.
-        basis, threshold, max_columns, name: As for [`extend_basis`].
+        basis, threshold, max_columns, beyond, name: As for [`extend_basis`].
         may_miss (`bool`, defaults to `False`): Whether the reach of the sketch is a cap like another.
 
     Returns:
@@ -66,12 +67,15 @@ def extend_basis_from_sketch(
             max_columns=max_columns,
             total=sketch.energy,
             inside=sketch.inside,
+            beyond=beyond,
             name=name,
         )
     else:
         aim = threshold
         while True:
-            found = extend_basis(sketch.matrix, basis, threshold=aim, max_columns=max_columns, name=name)
+            found = extend_basis(
+                sketch.matrix, basis, threshold=aim, max_columns=max_columns, beyond=beyond, name=name
+            )
             captured = _captured(sketch.checks, basis, found.columns)
             extension = dataclasses.replace(found, captured=captured)
             aim = 1.0 - (1.0 - aim) / 2.0

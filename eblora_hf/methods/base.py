@@ -6,13 +6,14 @@ import torch
 
 from ..adapters.layers import AdaptedLayer
 from ..config import EBLoRAConfig
+from ..manifold.penalty import Curvature
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, column_cap, extend_basis, outside, principal_directions
 from ..memory.sketch import Sketch, extend_basis_from_sketch, principal_directions_from_sketch
 
 Tensors = dict[str, torch.Tensor]
 Snapshots = dict[str, torch.Tensor | Sketch]
-Snapshot = Literal["gradients", "token-gradients", "features"]
+Snapshot = Literal["gradients", "token-gradients", "features", "curvature"]
 
 
 class Method:
@@ -29,11 +30,13 @@ class Method:
         trains_lora_A (`bool`): Whether lora_A is trained, or frozen where `begin_task` put it.
         starts_from (`str`, *optional*): The snapshot of the new task that `begin_task` needs: `"gradients"`, the mean
             gradient G `(d_out, d_in)` of each layer; or the second moment `(d_in, d_in)` of its tokens' gradients
-            (`"token-gradients"`) or of its inputs (`"features"`).
+            (`"token-gradients"`) or of its inputs (`"features"`); or both sides of the former (`"curvature"`).
         merges_earlier_tasks (`bool`): Whether weights that hold the updates of earlier tasks will do for it; not if it
             looks at the weights without them, or at the updates themselves.
         remembers (`str`, *optional*): The snapshot at the trained weights that `end_task` extends bases from.
         anchored (`bool`): Whether an anchor holds the answers of the model while it is trained; the trainer says so.
+        curvatures (`dict[str, Curvature]`): By layer name that of the tasks learnt so far, if there is any; the
+            trainer says so.
     """
 
     constrained = False
@@ -46,6 +49,7 @@ class Method:
 
     def __init__(self, config: EBLoRAConfig):
         self.config = config
+        self.curvatures: dict[str, Curvature] = {}
 
     # ---- how a task starts ----
 
@@ -103,11 +107,16 @@ class Method:
             return self.config.energy_threshold
         return 0.99 if self.remembers == "gradients" else 0.97
 
-    def extend(self, layer: AdaptedLayer, matrix: torch.Tensor | Sketch, basis: torch.Tensor | None) -> BasisExtension:
-        """The extension of a layer's basis by GPM's energy rule, within the cap of the configuration."""
+    def extend(
+        self, layer: AdaptedLayer, matrix: torch.Tensor | Sketch, basis: torch.Tensor | None, beyond: int = 0
+    ) -> BasisExtension:
+        """
+        The extension of a layer's basis by GPM's energy rule, within the cap of the configuration, and so many
+        directions beyond it.
+        """
         columns = 0 if basis is None else basis.shape[1]
         cap = column_cap(layer.d_in, layer.rank, columns, self.config.max_basis_fraction)
-        options: Any = {"threshold": self.energy_threshold, "max_columns": cap, "name": layer.name}
+        options: Any = {"threshold": self.energy_threshold, "max_columns": cap, "beyond": beyond, "name": layer.name}
         if isinstance(matrix, Sketch):
             if self.config.snapshot_sketch is None:  # nobody asked for it, so that its reach is a cap like another
                 options |= {"max_columns": min(cap, len(matrix.matrix) // 2), "may_miss": True}

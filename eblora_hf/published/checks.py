@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.states import AdapterState, factors_of
+from ..manifold.penalty import Curvature
 from .files import check_no_pointer, sha256
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of entries of FᵀF - I; bases of half precision are rounded
@@ -87,6 +88,24 @@ def check_columns(
                 f"{source}: the columns of {name} are not orthonormal, to each other and to those of earlier tasks "
                 f"(they deviate by {products.abs().max():.2g})."
             )
+
+
+def check_curvatures(curvatures: dict[str, Curvature], adapter: AdapterState, source: str | Path) -> None:
+    """
+    Raises if roots of curvatures do not fit the layers of a task.
+
+    Raises:
+        ValueError: naming the layer, if a root is of another shape.
+    """
+    lora_a, lora_b = factors_of(adapter, "lora_A"), factors_of(adapter, "lora_B")
+    for name, curvature in curvatures.items():
+        sides = (lora_a[name].shape[1], lora_b[name].shape[0]) if name in lora_a else (0, 0)
+        for root, side in zip((curvature.inputs, curvature.outputs), sides, strict=True):
+            if root.ndim != 2 or root.shape[0] != side or root.shape[1] > side:
+                raise ValueError(
+                    f"{source}: a root of the curvature of {name} has shape {tuple(root.shape)}, expected ({side}, k) "
+                    f"with k at most {side}."
+                )
 
 
 def verify(path: Path, digest: str, whose: str) -> None:

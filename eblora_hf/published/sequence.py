@@ -27,7 +27,8 @@ from torch import nn
 
 from ..adapters.composition import concatenate
 from ..adapters.states import AdapterState, factors_of, folded_config
-from ..memory.basis import BasisExtension, join_basis
+from ..manifold.penalty import Curvature
+from ..memory.basis import BasisExtension
 from .adapter_files import (
     check_factors,
     check_fits,
@@ -36,15 +37,16 @@ from .adapter_files import (
     read_tensors,
     readable_targets,
 )
-from .checks import check_columns, check_finite, check_new_names, matches, verify
+from .checks import check_finite, check_new_names, matches, verify
 from .files import json_bytes, sync_folder, temporary_name, tensor_bytes, write
 from .identity import check_same_model
 from .index import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, INDEX, SUBSPACE, TRAINING, Heads, Index, TaskRecord
 from .locks import one_writer
 from .owner import settings_of
+from .remembered import read_bases, read_curvatures
 from .schema import MAX_JSON, BaseModelIdentity, TrainingRecord, as_plain, check_training, read_checked
 from .strays import check_links, check_strays
-from .task_files import columns_of, task_files
+from .task_files import task_files
 
 
 class PublishedSequence:
@@ -212,22 +214,16 @@ class PublishedSequence:
             FileNotFoundError: if the bases were not published with the sequence.
             ValueError: if what a task added is not complete, or not orthonormal; the message names the file.
         """
-        bases: dict[str, torch.Tensor] = {}
-        for task in self.tasks:
-            path = self.folder / task.folder / SUBSPACE
-            if not task.has_basis:
-                continue
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is missing: the bases of this sequence were not published with it ({self.bases_at}). "
-                    "Without them a new task would overwrite what earlier ones learnt. Continue from the folder it "
-                    "was trained in."
-                )
-            columns = columns_of(read_tensors(path))
-            check_columns(columns, self.adapters([task.name])[0], bases, path)
-            for name, value in columns.items():
-                bases[name] = join_basis(bases.get(name), value)
-        return bases
+        return read_bases(self.folder, self.tasks, self.bases_at)
+
+    def curvatures(self) -> dict[str, list[Curvature]]:
+        """
+        Per layer name the curvatures of the tasks that have one, in their order.
+
+        Raises:
+            ValueError: if one does not fit its layer; the message names the file.
+        """
+        return read_curvatures(self.folder, self.tasks)
 
     def append(
         self,

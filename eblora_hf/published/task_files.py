@@ -5,12 +5,15 @@ from typing import Any
 import torch
 
 from ..adapters.states import AdapterState, factors_of
+from ..manifold.penalty import Curvature
 from ..memory.basis import BasisExtension
 from .adapter_files import check_adapter_file
 from .checks import check_columns
 from .files import json_bytes, tensor_bytes
 from .index import ADAPTER, ADAPTER_CONFIG, SUBSPACE, TRAINING
 from .schema import check_training
+
+_INPUTS, _OUTPUTS = ".curvature_inputs", ".curvature_outputs"
 
 
 def task_files(
@@ -49,8 +52,20 @@ def task_files(
         files[SUBSPACE] = tensor_bytes(
             {f"{layer}.columns": x.columns.cpu() for layer, x in extensions.items()}
             | {f"{layer}.captured": torch.tensor(x.captured, dtype=torch.float64) for layer, x in extensions.items()}
+            | {f"{layer}{_INPUTS}": x.beyond.cpu() for layer, x in extensions.items() if x.beyond is not None}
+            | {f"{layer}{_OUTPUTS}": x.outputs.cpu() for layer, x in extensions.items() if x.outputs is not None}
         )
     return files
+
+
+def curvatures_of(tensors: dict[str, torch.Tensor]) -> dict[str, Curvature]:
+    """The roots of the curvature by layer name, where there are both, out of the content of `subspace.safetensors`."""
+    layers = [name.removesuffix(_INPUTS) for name in tensors if name.endswith(_INPUTS)]
+    return {
+        layer: Curvature(tensors[f"{layer}{_INPUTS}"], tensors[f"{layer}{_OUTPUTS}"])
+        for layer in layers
+        if f"{layer}{_OUTPUTS}" in tensors
+    }
 
 
 def columns_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

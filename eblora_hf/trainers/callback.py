@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..adapters.states import AdapterState, factors_of
 from ..config import EBLoRAConfig
+from ..manifold.penalty import Curvature, join_curvatures
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis
 from ..memory.budget import within_budget
@@ -40,6 +41,7 @@ class TaskSequenceCallback(TrainerCallback):
 
     Attributes:
         bases (`dict[str, torch.Tensor]`): Per layer name the orthonormal basis `(d_in, p)` of the tasks learnt so far.
+        curvatures (`dict[str, Curvature]`): Per layer name that of the tasks for which there is one.
         task_name (`str`, *optional*): The task being learnt.
     """
 
@@ -52,7 +54,12 @@ class TaskSequenceCallback(TrainerCallback):
     ):
         self.sequence, self.basis_dtype, self.basis_budget = sequence, basis_dtype, basis_budget
         self.bases = sequence.bases() if keeps_bases else {}
+        self._curvatures = sequence.curvatures() if keeps_bases else {}
         self.task_name: str | None = None  # while one is learnt
+
+    @property
+    def curvatures(self) -> dict[str, Curvature]:
+        return {name: join_curvatures(tasks) for name, tasks in self._curvatures.items()}
 
     def begin_task(self, name: str) -> None:
         self.task_name = name
@@ -101,6 +108,8 @@ class TaskSequenceCallback(TrainerCallback):
             )
         for name, extension in added.items():  # what a run that reads the files again will have
             self.bases[name] = join_basis(self.bases.get(name), extension.columns)
+            if extension.beyond is not None and extension.outputs is not None:
+                self._curvatures.setdefault(name, []).append(Curvature(extension.beyond, extension.outputs))
         self.task_name = None
 
     def accuracy_matrix(self) -> np.ndarray:
@@ -125,7 +134,13 @@ def stored_columns(
     if budget is not None:
         factors = sum(x.numel() for kind in ("lora_A", "lora_B") for x in factors_of(adapter, kind).values())
         extensions = within_budget(extensions, int(budget * factors * 4 / dtype.itemsize))
-    return {name: dataclasses.replace(x, columns=x.columns.to("cpu", dtype)) for name, x in extensions.items()}
+
+    def stored(x: BasisExtension) -> BasisExtension:
+        tensors = {name: getattr(x, name) for name in ("columns", "beyond", "outputs")}
+        kept = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(x, **kept)
+
+    return {name: stored(x) for name, x in extensions.items()}
 
 
 def warn_of_caps(task: str, extensions: dict[str, BasisExtension], budget: float | None) -> None:

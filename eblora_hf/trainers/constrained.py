@@ -88,7 +88,7 @@ class ConstrainedMixin(AnchoringMixin, ShardedMixin):
         if self.method.constrained:
             if self.constraint is not None:  # a second attempt with a smaller batch (`auto_find_batch_size`)
                 self.constraint.detach()
-            self.method.anchored = self.anchored
+            self.method.anchored, self.method.curvatures = self.anchored, self.begun.curvatures
             constraint = self.method.constrain(
                 self.optimizer, self.layers, self._start, self.bases, num_training_steps
             )

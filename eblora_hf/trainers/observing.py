@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ..memory.accumulators import Storage
 from ..memory.budget import LayerShape, choose_storage
 from ..memory.observation import Observation
-from ..memory.sketch import Sketch
 from ..methods.base import Snapshot
 from ..published.files import write_tensors
 from .surface import TrainerSurface
@@ -22,6 +21,7 @@ from .surface import TrainerSurface
 logger = logging.get_logger(__name__)
 
 _FILE = "eblora_observed-{}-of-{}.safetensors"  # of each process, beside a checkpoint
+_OBSERVED = ("token-gradients", "curvature")
 _AT_MOST = 0.5  # of the steps: what they said before that is of other weights
 
 
@@ -41,7 +41,7 @@ class ObservingMixin(TrainerSurface):
         unwanted = config.snapshot_fraction is not None or config.snapshot_at != "current" or not config.observe_steps
         # rows of earlier tasks are no part of the task, and a model need not keep rows apart
         mixes = bool(config.replay_fraction and self.begun.sequence.tasks)
-        if self.method.remembers != "token-gradients" or unwanted or mixes:
+        if self.method.remembers not in _OBSERVED or unwanted or mixes:
             return 0
         wanted = max(config.observe_steps * steps, config.snapshot_samples / self.samples_of_step)
         return max(min(math.ceil(wanted), math.floor(_AT_MOST * steps)), 1)
@@ -76,7 +76,10 @@ class ObservingMixin(TrainerSurface):
             self._observation = self._new_observation()
         # compiled code would go on without the hooks; a fifth of the steps does without it
         eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile else contextlib.nullcontext()
-        with eager, self._observation.watching(self.state.global_step, self._scale(inputs, num_items_in_batch)):
+        items = self.items_of(inputs, num_items_in_batch, self.current_gradient_accumulation_steps)
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        with eager, self._observation.watching(self.state.global_step, items, scale):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _new_observation(self) -> Observation:
@@ -86,11 +89,12 @@ class ObservingMixin(TrainerSurface):
         passes = min(self.args.gradient_accumulation_steps, len(loader))
         observation = Observation(
             self.layers,
-            self.storage_of("token-gradients"),
+            self.storage_of(self.method.remembers or "token-gradients"),
             self.bases | (self.constraint.bases if self.constraint is not None else {}),  # those on the device
             self.observed_steps * passes,
             processes=self.args.world_size,
             may_overflow=self.accelerator.mixed_precision == "fp16",
+            both_sides=self.method.remembers == "curvature",
         )
         if self._observed_before is not None:
             observation.steps, states = self._observed_before
@@ -98,26 +102,24 @@ class ObservingMixin(TrainerSurface):
                 observation.load_state_dict(state)
         return observation
 
-    def _scale(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Any:
-        """What turns the gradients of a pass into those of the sum over its samples or items."""
+    def items_of(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None, passes: int) -> Any:
+        """By what the loss of a step of so many such passes is divided on this process: its items, or its samples."""
         # the parent's own rule of what it divides by
         divided = getattr(self, "loss_is_scaled_for_ga", None)
         if divided is None:
             divided = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if divided and num_items is not None:
-            scale: Any = num_items
-        else:
-            scale = (find_batch_size(inputs) or 1) * self.current_gradient_accumulation_steps
-        scaler = self.accelerator.scaler
-        return scale if scaler is None else scale / scaler.get_scale()
+        if not divided or num_items is None:
+            return (find_batch_size(inputs) or 1) * passes
+        # those of all processes together are undone by a factor in `compute_loss`
+        return num_items / (self.args.world_size if self.args.average_tokens_across_devices else 1)
 
-    def observed(self) -> dict[str, torch.Tensor | Sketch] | None:
+    def observed(self) -> dict[str, Any] | None:
         """
         What was observed of the task whose training has ended; `None`, and a line in the log, if that is too little.
         """
         wanted = self.observed_steps
         if not wanted:
-            if self.method.remembers == "token-gradients" and self.eblora_config.snapshot_fraction is None:
+            if self.method.remembers in _OBSERVED and self.eblora_config.snapshot_fraction is None:
                 logger.info("The training was not observed, as its options want it: a snapshot of the task is taken.")
             return None
         if self._observation is None and self._observed_before is not None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..adapters.layers import AdaptedLayer
 from ..adapters.switches import pretrained
 from ..config import EBLoRAConfig
 from ..memory.accumulators import Storage
+from ..memory.curvature import curvature_moments
 from ..memory.gradients import choose_indices, mean_gradients, share_batches, snapshot_indices
 from ..memory.moments import feature_moments, token_gradient_moments
 from ..methods.base import Snapshot, Snapshots
@@ -42,13 +44,14 @@ def take_snapshot(
     at_most: int,
     load: Callable[[list[list[int]]], Iterable[Any]],
     loss: Callable[[PeftModel, Any], torch.Tensor],
+    items: Callable[[Any], float],
     config: EBLoRAConfig,
     storage: Storage,
     seed: int,
     batch_size: int,
     process_index: int = 0,
     world_size: int = 1,
-) -> Snapshots:
+) -> dict[str, Any]:
     """
     Sums up what samples of a data set say of each layer, with the model in evaluation mode.
 
@@ -56,11 +59,13 @@ def take_snapshot(
         model (`PeftModel`): The model; it is left in the mode it was in.
         layers (`list[AdaptedLayer]`): Its adapted layers.
         of (`str`): `"gradients"`, the mean gradient of each layer `(d_out, d_in)`; `"token-gradients"` or
-            `"features"`, the second moment `(d_in, d_in)` of its tokens' gradients or inputs.
+            `"features"`, the second moment `(d_in, d_in)` of its tokens' gradients or inputs; `"curvature"`, the
+            former as [`CurvatureMoments`] of both sides.
         samples (`int`): Size of the data set.
         at_most (`int`): How many of them are used if `config.snapshot_fraction` names no share.
         load (`Callable`): Yields the inputs of each of the given batches of indices, on the model's device.
         loss (`Callable`): Maps model and inputs to the scalar mean loss of the batch.
+        items (`Callable`): Maps inputs to what that loss is divided by.
         config ([`EBLoRAConfig`]): The options that begin with `snapshot`.
         storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
         seed (`int`): Seed of the choice of samples.
@@ -82,8 +87,9 @@ def take_snapshot(
     shares = share_batches(indices, batch_size, process_index, world_size)
     inputs = zip(load([batch for batch, _ in shares]), (weight for _, weight in shares), strict=True)
     at = pretrained(model) if config.snapshot_at == "pretrained" else contextlib.nullcontext()
+    collect = partial(curvature_moments, items=items) if of == "curvature" else _COLLECTORS[of]
     with _without_dropout(model), at:
-        return _COLLECTORS[of](model, layers, inputs, loss, storage)
+        return collect(model, layers, inputs, loss, storage)
 
 
 @contextlib.contextmanager
@@ -140,6 +146,7 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
                 at_most=self._samples_of_snapshot(),
                 load=lambda batches: self._inputs(loader, batches),
                 loss=self._snapshot_loss,
+                items=self._snapshot_items,
                 config=self.eblora_config,
                 storage=self.storage_of(of),
                 seed=seed,
@@ -201,12 +208,19 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
         if self._stands_in:
             self.optimizer, self.lr_scheduler, self._stands_in = None, None, False
 
-    def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
+    def _snapshot_items(self, inputs: dict) -> float:
+        return float(self.items_of(inputs, self._snapshot_count(inputs), passes=1))
+
+    def _snapshot_count(self, inputs: dict) -> Any:
         # a user's loss function is promised the number of items; models take their own mean without it, which no
         # batch has whose labels are all ignored
         count: Any = self._get_num_items_in_batch([inputs], self.args.device)
         if not self.compute_loss_func:
             count = None if count is None or count > 0 else 1
+        return count
+
+    def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
+        count = self._snapshot_count(inputs)
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         bf16 = self.accelerator.mixed_precision == "bf16"
         with self.heads.learning(), self.accelerator.autocast() if bf16 else contextlib.nullcontext():
