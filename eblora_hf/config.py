@@ -243,10 +243,10 @@ class EBLoRAConfig:
 
         Args:
             name (`str`): `"published"` is the method of the paper, at the learning rates of this package: bases of
-                mean gradients and no penalty. `"ucit"` goes with `LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)` and
-                `learning_rate=2e-4, weight_decay=0.1` (2e-5 for the sixth task); `"mllm-dcl"` with
-                `LoraConfig(r=32, lora_alpha=160, lora_dropout=0.05)` and `learning_rate=2e-5`. Both use a cosine
-                schedule with `warmup_ratio=0.03`.
+                mean gradients and no penalty. `"ucit"` goes with `LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)`
+                and `learning_rate=2e-4, weight_decay=0.1` (2e-5 for the sixth task); `"mllm-dcl"` with
+                `LoraConfig(r=32, lora_alpha=160, lora_dropout=0.05)` and `learning_rate=2e-5`. Both of these use a
+                cosine schedule with `warmup_ratio=0.03`.
 
         Raises:
             ValueError: for any other name.

@@ -64,9 +64,8 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             sequence on the Hub has it, and `True` for a new one.
         protect_data (dataset, *optional*): If `sequence` is a plain LoRA adapter: a sample of what it was trained on,
             from which its basis is taken. By default it is taken from the adapter itself.
-        anchor (dataset or `"random"`, *optional*): A few dozen rows like those that the model was pre-trained on, to
-            which every training step holds its answers (`EBLoRAConfig.anchor_weight`); their labels are not used.
-            `"random"` draws inputs instead, which holds what was learnt less, and takes no data.
+        anchor (dataset or `"random"`, *optional*): A few dozen rows like those of the pre-training, without labels, to
+            which every step holds the answers (`EBLoRAConfig.anchor_weight`); or inputs that are drawn instead.
 
     Attributes:
         source (`str` or `Path`, *optional*): The published sequence that is continued.
@@ -245,9 +244,10 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             self._checkpoint_folder(task).mkdir(parents=True, exist_ok=True)  # from here on there is a run to resume
         self.unwrap()
         self.shard()
-        self.layers, self._earlier_record = put_fresh_adapter(
+        self.layers, earlier = put_fresh_adapter(
             self.model, self.adapter, self.earlier_tasks, published.adapters(), self.method
         )
+        self._earlier_record = {"earlier_tasks": earlier} if earlier else {}
         self.heads.put(task.name, published, seed)
         hold_switches(self.model, self.adapter)
         self.begun_task = True
@@ -291,13 +291,10 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
     def _leave_training(self, task: Task) -> tuple[dict[str, Factors], dict[str, Any]]:
         """What training leaves beside the adapter: the factors of a constraint, and how the task was trained."""
         record = training_record(task, self.eblora_config, self.args, self.optimizer, self.constraint)
-        earlier = {"earlier_tasks": self._earlier_record} if self._earlier_record else {}
         self.check_finite(task.name)
         self.method.finish_training(self.layers)
-        return (
-            self.constraint.factors() if self.constraint is not None else {},
-            record | earlier | self.anchor_record(),
-        )
+        record |= self.anchor_record() | self._earlier_record
+        return self.constraint.factors() if self.constraint is not None else {}, record
 
     def _keep_task(self, task: Task, seed: int, trained: tuple[dict, dict], measured: Measured) -> None:
         """Extends the bases by what was observed at the trained weights, and appends the task to the sequence."""

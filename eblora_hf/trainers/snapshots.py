@@ -44,13 +44,13 @@ def take_snapshot(
     at_most: int,
     load: Callable[[list[list[int]]], Iterable[Any]],
     loss: Callable[[PeftModel, Any], torch.Tensor],
-    items: Callable[[Any], float],
     config: EBLoRAConfig,
     storage: Storage,
     seed: int,
     batch_size: int,
     process_index: int = 0,
     world_size: int = 1,
+    items: Callable[[Any], float] | None = None,
 ) -> dict[str, Any]:
     """
     Sums up what samples of a data set say of each layer, with the model in evaluation mode.
@@ -65,13 +65,13 @@ def take_snapshot(
         at_most (`int`): How many of them are used if `config.snapshot_fraction` names no share.
         load (`Callable`): Yields the inputs of each of the given batches of indices, on the model's device.
         loss (`Callable`): Maps model and inputs to the scalar mean loss of the batch.
-        items (`Callable`): Maps inputs to what that loss is divided by.
         config ([`EBLoRAConfig`]): The options that begin with `snapshot`.
         storage ([`Storage`]): Where the sums are kept, and whether they are sketches.
         seed (`int`): Seed of the choice of samples.
         batch_size (`int`): Samples of a batch.
         process_index (`int`, defaults to 0), world_size (`int`, defaults to 1): Which share of the batches is this
             process's.
+        items (`Callable`, *optional*): Maps inputs to what that loss is divided by, if it is not their samples.
 
     Returns:
         `dict[str, torch.Tensor]`: By layer name; with `snapshot_sketch` [`Sketch`] objects.
@@ -146,13 +146,13 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
                 at_most=self._samples_of_snapshot(),
                 load=lambda batches: self._inputs(loader, batches),
                 loss=self._snapshot_loss,
-                items=self._snapshot_items,
                 config=self.eblora_config,
                 storage=self.storage_of(of),
                 seed=seed,
                 batch_size=batch_size,
                 process_index=self.args.process_index,
                 world_size=self.args.world_size,
+                items=self._snapshot_items,
             ),
             starting_batch_size=self._train_batch_size,
             auto_find_batch_size=self.args.auto_find_batch_size,

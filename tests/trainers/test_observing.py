@@ -12,6 +12,7 @@ from transformers.utils import logging
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence
 from eblora_hf.memory import observation
 from eblora_hf.memory.accumulators import MomentSketch, Storage
+from eblora_hf.memory.sketch import Sketch
 from eblora_hf.trainers.observing import ObservingMixin
 
 from ..support.tiny import accuracy, lora, make_model, make_text_data
@@ -68,15 +69,22 @@ def test_moments_are_those_of_the_gradients_of_sums(tmp_path, monkeypatch, kind,
     steps = 6 // 2
     # an epoch of three batches ends with a step of what is left
     assert len(passes) == steps * accumulation
-    for name, moment in trainer.moments.items():
-        expected = 0.0
+    for name, moments in trainer.moments.items():
+        expected, outputs, count = 0.0, 0.0, 0.0
         for seen in passes:
             x, gradient, items = seen[name]
             weights = (float(items) * gradient.double()).norm(dim=-1, keepdim=True)
             weighted = (x.double() * weights).flatten(0, -2)
             expected = expected + weighted.T @ weighted
+            rows = (float(items) * gradient.double()).flatten(0, -2)
+            outputs = outputs + rows.T @ rows
+            count += float(items) / accumulation if accumulation > 1 else float(items)
         expected /= expected.trace()
+        moment = moments.inputs
         torch.testing.assert_close(moment.double() / moment.double().trace(), expected, atol=1e-6, rtol=1e-4)
+        seen = moments.outputs
+        energy = seen.energy if isinstance(seen, Sketch) else seen.trace().item()
+        assert energy * count == pytest.approx(outputs.trace().item(), rel=1e-3)
 
 
 def test_hooks_are_there_in_the_last_steps_alone(tmp_path):
