@@ -33,8 +33,8 @@ def main(
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of data split, base model and training.")] = 0,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated methods out of frozen, lora, ebo, eblora.")
-    ] = "frozen,lora,ebo,eblora",
+        str, typer.Option(help="Comma-separated methods, as in `benchmark`.")
+    ] = "frozen,lora,ebo,eblora,eblora-anchor",
     output: Annotated[Path, typer.Option(help="Folder for results.json and the plot.")] = Path("eblora-demo"),
 ) -> None:
     """
@@ -61,7 +61,8 @@ def demo(
 def benchmark(
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods.")
-    ] = "frozen,lora,olora,osf,ebo,inflora,keeplora,eblora-published,eblora,eblora-replay,joint",
+    ] = "frozen,lora,olora,osf,ebo,inflora,keeplora,eblora-published,eblora,eblora-random,"
+    "eblora-anchor,eblora-replay,joint",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds, or a range such as 0-4.")] = "0-4",
     tasks: Annotated[
         str,

@@ -43,9 +43,9 @@ class EBLoRAConfig:
         basis_dtype (`str`, defaults to `"bfloat16"`): How the bases are stored, `"float32"` or `"bfloat16"`: half the
             size for some 1e-5 of the energy. They are made orthonormal again when they are read.
         basis_budget (`float`, *optional*, defaults to 4.0): How large the columns that a task adds to the bases may
-            be on disk, over its adapter in float32. Of all layers those with most of their layer's energy are kept;
-            what that leaves is in `training.json` and in the card. Not for the task with which KeepLoRA adds the
-            directions of the weights. `None` sets no limit.
+            be on disk, with its curvature, over its adapter in float32. Of all layers those with most of their layer's
+            energy are kept; what that leaves is in `training.json` and in the card. Not for the task with which
+            KeepLoRA adds the directions of the weights. `None` sets no limit.
         snapshot_samples (`int`, defaults to 64): How many samples of a task the snapshot before its training uses at
             most: a 32nd of those that the training will see, but 8 in any case. Where a basis needs a snapshot, it
             uses four times `snapshot_samples`.

@@ -11,7 +11,7 @@ from ..adapters.layers import find_layers
 from ..config import EBLoRAConfig
 from ..memory.accumulators import Storage
 from ..memory.basis import column_cap
-from ..memory.budget import LayerShape, bytes_of_sums, choose_storage
+from ..memory.budget import LayerShape, bytes_of_sums, choose_storage, roots_within_budget
 from ..methods.build import build_method
 
 WEIGHTS = {"float32": 4.0, "bfloat16": 2.0, "4-bit": 0.5 + 4 / 64}  # bytes; NF4 has a float32 scale for 64 weights
@@ -97,6 +97,8 @@ def estimate_cost(
     factors = _FLOAT32 * sum(shape.adapter for shape in shapes)
     other_bytes = WEIGHTS["bfloat16" if dtype == "4-bit" else dtype]
     added, held = _bases(shapes, options, tasks) if method.remembers else (0, 0)
+    if method.remembers == "curvature":
+        held += sum(min(256, (tasks - 1) * _roots(shape, options)) * (shape.d_in + shape.d_out) for shape in shapes)
     in_full = method.constrained and method.orthonormal
     task_adapter = factors + _FLOAT32 * heads
     return Cost(
@@ -166,15 +168,28 @@ def _sums(shapes: list[LayerShape], options: EBLoRAConfig, *kinds: str | None) -
             storage = Storage(options.snapshot_offload, options.snapshot_sketch)
         else:
             storage = choose_storage(shapes, second_moment=second_moment, budget=options.basis_budget)
-        largest = max(largest, bytes_of_sums(shapes, storage, second_moment=second_moment))
+        size = bytes_of_sums(shapes, storage, second_moment=second_moment)
+        if kind == "curvature" and not storage.offload:
+            columns = 4 * max(shape.rank for shape in shapes)  # of the sketch on the side of the outputs
+            size += _FLOAT32 * columns * (sum(shape.d_out for shape in shapes))
+        largest = max(largest, size)
     return largest
+
+
+def _roots(shape: LayerShape, options: EBLoRAConfig) -> int:
+    """Columns of the roots of a layer's curvature on either side."""
+    return roots_within_budget(shape.rank, options.basis_budget, getattr(torch, options.basis_dtype).itemsize)
 
 
 def _bases(shapes: list[LayerShape], options: EBLoRAConfig, tasks: int) -> tuple[int, int]:
     """Bytes that a task adds on disk, and numbers in the bases that the last task is learnt under; at most."""
     itemsize = getattr(torch, options.basis_dtype).itemsize
     room = sum(shape.d_in * column_cap(shape.d_in, shape.rank, 0, options.max_basis_fraction) for shape in shapes)
+    roots = 0
+    if build_method(options).remembers == "curvature":
+        roots = sum(_roots(shape, options) * (shape.d_in + shape.d_out) for shape in shapes)
     added = room
     if options.basis_budget is not None:
-        added = min(room, int(options.basis_budget * _FLOAT32 * sum(shape.adapter for shape in shapes) / itemsize))
-    return added * itemsize, min(room, (tasks - 1) * added)
+        budget = int(options.basis_budget * _FLOAT32 * sum(shape.adapter for shape in shapes) / itemsize)
+        added = min(room, max(budget - roots, 0))
+    return (added + roots) * itemsize, min(room, (tasks - 1) * added)

@@ -71,6 +71,18 @@ def bytes_of_sums(shapes: list[LayerShape], storage: Storage, *, second_moment: 
     return 4 * (numbers + sum(drawn.values()))
 
 
+def roots_within_budget(rank: int, budget: float | None, itemsize: int) -> int:
+    """
+    Columns of the roots of a curvature on either side: twice the rank, and a quarter of the budget at most.
+
+    Args:
+        rank (`int`): r of the layer's adapter.
+        budget (`float`, *optional*): `basis_budget`.
+        itemsize (`int`): Bytes of a number.
+    """
+    return 2 * rank if budget is None else min(2 * rank, int(budget * rank / itemsize))
+
+
 def within_budget(extensions: dict[str, BasisExtension], numbers: int) -> dict[str, BasisExtension]:
     """
     The columns of largest energy of all layers together, each measured by its share of its layer's, so that they have

@@ -102,7 +102,7 @@ def output_root(moments: CurvatureMoments, directions: int) -> torch.Tensor:
         root = left[:, :directions] * sigma[:directions]
     else:
         energies, vectors = torch.linalg.eigh(y)  # ascending
-        root = (vectors * energies.clamp_min(0.0).sqrt())[:, -directions:]
+        root = (vectors * energies.clamp_min(0.0).sqrt()).flip(1)[:, :directions]
     return root * size**0.5
 
 

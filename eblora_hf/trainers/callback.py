@@ -16,7 +16,7 @@ from ..config import EBLoRAConfig
 from ..manifold.penalty import Curvature, join_curvatures
 from ..manifold.step_hooks import StepHooks
 from ..memory.basis import BasisExtension, join_basis
-from ..memory.budget import within_budget
+from ..memory.budget import roots_within_budget, within_budget
 from ..metrics import accuracy_matrix
 from ..published.index import root_rows
 from ..published.schema import as_plain
@@ -131,9 +131,16 @@ def stored_columns(
     extensions: dict[str, BasisExtension], adapter: AdapterState, dtype: torch.dtype, budget: float | None
 ) -> dict[str, BasisExtension]:
     """What is stored of the columns that a task adds beside its adapter: within a budget, in a dtype, on the CPU."""
+    for name, a in factors_of(adapter, "lora_A").items():
+        if name in extensions:
+            x, count = extensions[name], roots_within_budget(len(a), budget, dtype.itemsize)
+            roots = {side: getattr(x, side) for side in ("beyond", "outputs") if getattr(x, side) is not None}
+            kept = {side: root[:, :count].contiguous() for side, root in roots.items()}
+            extensions = extensions | {name: dataclasses.replace(x, **kept)}
     if budget is not None:
         factors = sum(x.numel() for kind in ("lora_A", "lora_B") for x in factors_of(adapter, kind).values())
-        extensions = within_budget(extensions, int(budget * factors * 4 / dtype.itemsize))
+        held = sum(x.numel() for e in extensions.values() for x in (e.beyond, e.outputs) if x is not None)
+        extensions = within_budget(extensions, int(budget * factors * 4 / dtype.itemsize) - held)
 
     def stored(x: BasisExtension) -> BasisExtension:
         tensors = {name: getattr(x, name) for name in ("columns", "beyond", "outputs")}

@@ -51,6 +51,8 @@ def test_a_trained_sequence_takes_what_was_estimated(tmp_path):
         factors = trainer.constraint.factors().values()
         kept["masters"] = sum(4 * (x.U.numel() + x.V.numel()) for x in factors)
         kept["bases"] = sum(4 * x.numel() for x in trainer.constraint.bases.values())
+        curvatures = trainer.begun.curvatures.values()
+        kept["bases"] += sum(4 * (x.inputs.numel() + x.outputs.numel()) for x in curvatures)
         return finish(task)
 
     trainer._leave_training = leave
