@@ -67,3 +67,17 @@ def test_a_second_run_appends_and_a_snapshot_is_not_logged(tmp_path):
     assert not any(trainer._metrics["eval"].values())
     trainer.train()
     assert PublishedSequence.open(tmp_path / "out").names == ["one", "two"]
+
+
+def test_an_anchor_of_text(tmp_path):
+    """It is prepared as the tasks are, and held at the positions of its tokens."""
+    anchor = Dataset.from_dict({"text": [f"w{30 + i} w{5 + i}" for i in range(6)]})
+    options = {"logging_strategy": "steps", "logging_steps": 1}
+    trainer = make_trainer(tmp_path, train_dataset={"one": TEXT, "two": TEXT}, anchor=anchor, **options)
+    trainer.train()
+    values = [entry["anchor_loss"] for entry in trainer.state.log_history if "anchor_loss" in entry]
+    assert len(values) == 4
+    assert all(value > 0.0 for value in values)
+    for part in trainer._anchor_steps[0]:
+        assert len(part.before_task.positions) == int(part.inputs["attention_mask"].sum())
+    assert PublishedSequence.open(tmp_path / "out").training()[0]["anchor"]["rows"] == 6
