@@ -31,7 +31,8 @@ def join_curvatures(tasks: list[Curvature]) -> Curvature:
     """
     That of several tasks: the mean of their C and the sum of their O, so that it does not grow with them.
 
-    Where the roots together have more columns than a side or than 256, those of the largest energy are kept.
+    Where the roots together have more than 256 columns, those of the largest energy are kept: a choice, and no
+    decomposition, which might differ in the last bit from process to process.
     """
     inputs = torch.cat([task.inputs.float() for task in tasks], dim=1) / len(tasks) ** 0.5
     outputs = torch.cat([task.outputs.float() for task in tasks], dim=1)
@@ -39,12 +40,11 @@ def join_curvatures(tasks: list[Curvature]) -> Curvature:
 
 
 def _fewer_columns(root: torch.Tensor) -> torch.Tensor:
-    """A root with the same product, or the best of as many columns as are kept."""
-    most = min(len(root), _MOST_COLUMNS)
-    if root.shape[1] <= most:
+    """The longest columns of a root, in their order."""
+    if root.shape[1] <= _MOST_COLUMNS:
         return root
-    _, vectors = torch.linalg.eigh(root.mT.double() @ root.double())  # ascending
-    return root @ vectors[:, -most:].to(root)
+    longest = root.square().sum(dim=0).argsort(descending=True, stable=True)[:_MOST_COLUMNS]
+    return root[:, longest.sort().values]
 
 
 class KroneckerPenalty:

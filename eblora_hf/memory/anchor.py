@@ -64,10 +64,12 @@ class Features:
     Args:
         positions (`torch.Tensor`): `(n,)`, as in [`Distribution`].
         values (`torch.Tensor`): `(n, d)`.
+        variance (`float`, defaults to 1.0): Mean squared distance from the mean, see [`share_variance`].
     """
 
     positions: torch.Tensor
     values: torch.Tensor
+    variance: float = 1.0
 
     @classmethod
     def of(cls, features: torch.Tensor, mask: torch.Tensor | None) -> "Features":
@@ -76,13 +78,23 @@ class Features:
         return cls(positions.cpu(), _at(features, positions).cpu())
 
     def distance(self, features: torch.Tensor) -> torch.Tensor:
-        """Σ‖h - h₀‖² / Σ‖h₀ - h̄₀‖² over the positions: 1 where no more is left of them than their mean."""
+        """The mean of ‖h - h₀‖² over the positions, by the variance."""
         before = self.values.to(features.device)
-        spread = (before - before.mean(dim=0)).square().sum()
-        if len(before) == 1 or spread == 0.0:
-            spread = before.square().sum()
-        moved = (_at(features, self.positions.to(features.device)) - before).square().sum()
-        return moved / spread.clamp(min=torch.finfo(before.dtype).tiny)
+        moved = _at(features, self.positions.to(features.device)) - before
+        return moved.square().sum(dim=-1).mean() / self.variance
+
+
+def share_variance(parts: list[Features]) -> list[Features]:
+    """
+    The same features with the variance of all of them, so that their distance is 1 where no more is left of them than
+    their mean, however they are dealt out.
+    """
+    values = torch.cat([part.values for part in parts]).double()
+    variance = (values - values.mean(dim=0)).square().sum(dim=-1).mean().item()
+    if len(values) == 1 or variance == 0.0:
+        variance = values.square().sum(dim=-1).mean().item()
+    variance = max(variance, torch.finfo(torch.float32).tiny)
+    return [dataclasses.replace(part, variance=variance) for part in parts]
 
 
 Answers = Distribution | Features

@@ -22,22 +22,26 @@ def random_inputs(
         generator (`torch.Generator`): On the CPU.
 
     Raises:
-        ValueError: if there are neither pictures nor tokens.
+        ValueError: if there are neither pictures nor tokens, or some of another kind.
     """
     drawn = dict(inputs)
-    pictures, tokens = inputs.get("pixel_values"), inputs.get("input_ids")
+    pictures = inputs.get("pixel_values")
     if isinstance(pictures, torch.Tensor) and pictures.ndim == 4 and pictures.is_floating_point():
         drawn["pixel_values"] = smooth_noise(pictures, generator)
-    if isinstance(tokens, torch.Tensor) and vocabulary:
+    for name in ("input_ids", "decoder_input_ids"):
+        tokens = inputs.get(name)
+        if not isinstance(tokens, torch.Tensor) or not vocabulary:
+            continue
         fixed = torch.tensor(sorted(special), dtype=torch.long)
         every = torch.arange(vocabulary)
         free = every[~torch.isin(every, fixed)]
         fresh = free[torch.randint(len(free), tokens.shape, generator=generator)].to(tokens)
-        drawn["input_ids"] = torch.where(torch.isin(tokens, fixed), tokens, fresh)
-    if all(drawn[name] is inputs[name] for name in drawn):
+        drawn[name] = torch.where(torch.isin(tokens, fixed), tokens, fresh)
+    shown = [name for name in ("pixel_values", "input_ids") if name in inputs and drawn[name] is inputs[name]]
+    if shown or all(drawn[name] is inputs[name] for name in drawn):
         raise ValueError(
-            "anchor='random' draws `pixel_values` (rows, channels, height, width) or `input_ids`, but the inputs are "
-            f"{', '.join(inputs)}. Pass a data set as `anchor`."
+            "anchor='random' draws `pixel_values` (rows, channels, height, width) and `input_ids` of a known "
+            f"vocabulary, but the inputs are {', '.join(inputs)}. Pass a data set as `anchor`."
         )
     return drawn
 

@@ -76,7 +76,9 @@ class Observation:
             self._moments.add(layer, x, weights, self._tokens[layer.name])
             if self._outputs is not None:
                 rows = delta.to(layer.sum_dtype) * scale
-                self._outputs.add(layer, torch.nan_to_num(rows, 0.0, 0.0, 0.0) if self._may_overflow else rows)
+                if self._may_overflow:  # a token with an infinite gradient counts for nothing on either side
+                    rows = torch.nan_to_num(rows, 0.0, 0.0, 0.0) * (weights > 0.0).unsqueeze(-1)
+                self._outputs.add(layer, rows)
 
         with watched_gradients(self._layers, see):
             yield
@@ -98,7 +100,7 @@ class Observation:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Adds the sums that a `state_dict` holds."""
         self._moments.load_state_dict(state)
-        self._items += state["items"]
+        self._items += state.get("items", 0.0)
         if self._outputs is not None:
             mark = "outputs of "
             own = {key.removeprefix(mark): value for key, value in state.items() if key.startswith(mark)}

@@ -98,8 +98,12 @@ class EBLoRA(Method):
             step_constant=config.step_constant,
             tangent=config.tangent,
             scale_weight_decay=config.scale_weight_decay,
-            penalty=KroneckerPenalty(self.curvatures, config.penalty_weight) if self.curvatures else None,
+            penalty=self._penalty(),
         )
+
+    def _penalty(self) -> KroneckerPenalty | None:
+        weight = self.config.penalty_weight
+        return KroneckerPenalty(self.curvatures, weight) if self.curvatures and weight else None
 
     def resume(self, layers: list[AdaptedLayer], state: Tensors) -> dict[str, Factors]:
         return factors_from_state(state, layers)

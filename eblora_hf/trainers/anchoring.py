@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..adapters.heads import has_fresh_head, label_layer, wrapped_heads
 from ..adapters.switches import before_task
-from ..memory.anchor import Answers, Distribution, Features
+from ..memory.anchor import Answers, Distribution, Features, positions_of, share_variance
 from ..memory.noise import random_inputs
 from ..published.schema import AnchorRows
 from ..tasks import Task
@@ -50,7 +50,7 @@ def check_anchor(anchor: Any, args: TrainingArguments | None) -> None:
         )
     elif not len(anchor):
         raise ValueError("`anchor` is empty: pass a few dozen rows like those that the model was pre-trained on.")
-    if anchor is not None and args is not None and "layerwise" in str(args.optim):
+    if anchor is not None and args is not None and any(kind in str(args.optim) for kind in ("layerwise", "lomo")):
         raise ValueError(
             f"`anchor` with optim={args.optim!r} is not supported: it steps within the backward pass, of which there "
             "are two. Choose another optimizer."
@@ -98,6 +98,11 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
             raise ValueError(
                 "`anchor` holds what the model gives to the head of the tasks, but none of its modules_to_save "
                 f"({', '.join(self.heads.declared) or 'none'}) has an output for each label. Leave out `anchor`."
+            )
+        if self.is_fsdp_enabled and self.heads.declared:
+            raise ValueError(
+                f"`anchor` is not supported under FSDP2 where heads are trained ({', '.join(self.heads.declared)}): "
+                "the head before a task is not kept there. Leave it out, or train on several GPUs without FSDP."
             )
         if not isinstance(anchor, str):
             self.anchor = self.prepared_alone(Task("anchor", anchor))
@@ -154,12 +159,15 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         steps = np.resize(order, (-(-len(order) // count), count))  # the last one is filled up from the first
         # as many on every process: those of a sharded model answer together
         own = [steps[step % len(steps)] for step in range(index, len(steps) + index, processes)]
-        shares = [np.array_split(step, -(-count // self._train_batch_size)) for step in own]
+        # as few at a time as the training may come down to
+        together = 1 if self.args.auto_find_batch_size else self._train_batch_size
+        shares = [np.array_split(step, -(-count // together)) for step in own]
         collated = self._collated(loader, [share.tolist() for step in shares for share in step])
         generator = torch.Generator().manual_seed(seed + index) if self._draws else None
         self._anchor_steps = [
             [self._part(next(collated), len(share) / count, generator) for share in step] for step in shares
         ]
+        set_seed(seed)  # whatever batches have drawn
         alone = self._collated(loader, [] if self._draws else [[int(row)] for row in rows])
         return AnchorRows(kind="rows", rows=len(rows), sha256=_digest(alone))
 
@@ -167,15 +175,20 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         """Keeps what the pre-trained model, if the rows are data, and the one before the task say to them."""
         if parts[0].pretrained is None and not self._draws:
             with self.pretrained_model():
-                for part in parts:
-                    part.pretrained = self._answer(part)
+                for part, answers in zip(parts, self._answers(parts), strict=True):
+                    part.pretrained = answers
         if self.begun.sequence.tasks or self._draws:
             with before_task(self.model):
-                for part in parts:
-                    part.before_task = self._answer(part)
+                for part, answers in zip(parts, self._answers(parts), strict=True):
+                    part.before_task = answers
         else:  # the model before the first task is the pre-trained one
             for part in parts:
                 part.before_task = part.pretrained
+
+    def _answers(self, parts: list[_Part]) -> list[Answers]:
+        answers = [self._answer(part) for part in parts]
+        features = [answer for answer in answers if isinstance(answer, Features)]
+        return [*share_variance(features)] if features else answers
 
     def _collated(self, loader: DataLoader, batches: list[list[int]]) -> Iterator[dict[str, Any]]:
         """Batches of rows as the trainer's collator makes them, on the CPU."""
@@ -189,21 +202,39 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
     def _part(self, collated: dict[str, Any], share: float, draw: torch.Generator | None) -> _Part:
         """What the model takes of a batch, without labels."""
         base_model = self.model.get_base_model()
+        config = getattr(base_model, "config", None)
         labels = next((collated[name] for name in (*self.label_names, "labels") if name in collated), None)
         taken = inspect.signature(base_model.forward).parameters.keys() - {*self.label_names, "labels"}
         inputs = {name: value for name, value in collated.items() if name in taken}
         mask = inputs.get("attention_mask")
-        if getattr(base_model.config, "is_encoder_decoder", False):
+        if isinstance(labels, torch.Tensor) and labels.is_floating_point() and self._head is None:
+            raise ValueError(
+                "`anchor` holds the shares of classes that exclude each other, but the labels of its rows are no "
+                f"classes ({labels.dtype}). Leave out `anchor`."
+            )
+        if getattr(config, "is_encoder_decoder", False):
             mask = inputs.get("decoder_attention_mask")
             if labels is not None:
                 mask = labels != -100
                 if "decoder_input_ids" not in inputs and hasattr(base_model, "prepare_decoder_input_ids_from_labels"):
                     inputs["decoder_input_ids"] = base_model.prepare_decoder_input_ids_from_labels(labels=labels)
         if draw is not None:
-            special = getattr(self.processing_class, "all_special_ids", None)
-            vocabulary = getattr(base_model.config, "vocab_size", None)
-            inputs = random_inputs(inputs, vocabulary, special or [], draw)
+            text: Any = getattr(config, "get_text_config", lambda: config)()
+            inputs = random_inputs(inputs, getattr(text, "vocab_size", None), self._special_tokens(config, text), draw)
         return _Part(inputs, mask, share)
+
+    def _special_tokens(self, *configs: Any) -> set[int]:
+        """Tokens that a model looks for: those of its tokenizer, and those that its config names."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        special = set(getattr(tokenizer, "all_special_ids", None) or ())
+        for config in configs:
+            named = {} if config is None else dict(vars(config))
+            for name, value in named.items():
+                if name.endswith(("_token_id", "_token_index")):
+                    special |= {
+                        token for token in (value if isinstance(value, list) else [value]) if token is not None
+                    }
+        return special
 
     @torch.no_grad()
     def _answer(self, part: _Part) -> Answers:
@@ -217,6 +248,10 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
             raise
         finally:
             self.model.train(training)
+        if not len(positions_of(outputs, part.mask)):
+            raise ValueError(
+                "`anchor` has rows without a token that counts: there is nothing to hold. Leave them out."
+            )
         if self._head is not None:
             return Features.of(outputs, part.mask)
         return Distribution.of(outputs, part.mask, self.eblora_config.anchor_temperature)
@@ -263,6 +298,8 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         """A pass over rows of the anchor, once before each step of the optimizer, and then the task's own."""
         if self.anchored and self.accelerator.sync_gradients:
             model.train()
+            if callable(getattr(self.optimizer, "train", None)):  # of optimizers without a schedule
+                self.optimizer.train()
             # the pass of the task that follows sums up the gradients of all processes, these among them
             with self.accelerator.no_sync(model):
                 for part in self._anchor_steps[self.state.global_step % len(self._anchor_steps)]:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import find_executable_batch_size
 
 from ..adapters.layers import AdaptedLayer
@@ -209,18 +210,18 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
             self.optimizer, self.lr_scheduler, self._stands_in = None, None, False
 
     def _snapshot_items(self, inputs: dict) -> float:
-        return float(self.items_of(inputs, self._snapshot_count(inputs), passes=1))
+        """The labels of a batch that count, or its samples: of this process alone, since others may have no batch."""
+        labels = inputs.get("labels")
+        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+            return max(float((labels != -100).sum()), 1.0)
+        return float(find_batch_size(inputs) or 1)
 
-    def _snapshot_count(self, inputs: dict) -> Any:
+    def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
         # a user's loss function is promised the number of items; models take their own mean without it, which no
         # batch has whose labels are all ignored
         count: Any = self._get_num_items_in_batch([inputs], self.args.device)
         if not self.compute_loss_func:
             count = None if count is None or count > 0 else 1
-        return count
-
-    def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
-        count = self._snapshot_count(inputs)
         # bf16 has the range of float32; under fp16 gradients would need a loss scale, so they are taken in float32
         bf16 = self.accelerator.mixed_precision == "bf16"
         with self.heads.learning(), self.accelerator.autocast() if bf16 else contextlib.nullcontext():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eblora_hf.memory.anchor import Distribution, Features, positions_of
+from eblora_hf.memory.anchor import Distribution, Features, positions_of, share_variance
 from eblora_hf.memory.noise import random_inputs
 
 
@@ -74,13 +74,16 @@ def test_features_are_compared_by_their_variance(seed):
     before, now = logits(5, 7, 4, seed=seed), logits(5, 7, 4, seed=seed + 100)
     flat, moved = before.reshape(-1, 4), now.reshape(-1, 4)
     expected = ((moved - flat) ** 2).sum() / ((flat - flat.mean(0)) ** 2).sum()
-    answers = Features.of(before, None)
+    (answers,) = share_variance([Features.of(before, None)])
     assert answers.distance(now).item() == pytest.approx(expected.item(), rel=1e-5)
     assert answers.distance(before).item() == 0.0
     mean = flat.mean(0).expand_as(flat).reshape_as(before)
     assert answers.distance(mean).item() == pytest.approx(1.0, rel=1e-5)
-    one = Features.of(before[:1, 0], None)
+    (one,) = share_variance([Features.of(before[:1, 0], None)])
     assert torch.isfinite(one.distance(now[:1, 0]))
+    dealt = share_variance([Features.of(row.unsqueeze(0), None) for row in before])
+    apart = [part.distance(row.unsqueeze(0)).item() for part, row in zip(dealt, now, strict=True)]
+    assert sum(apart) / len(apart) == pytest.approx(expected.item(), rel=1e-5)  # however they are dealt out
 
 
 def test_noise_has_the_scale_of_the_pictures_and_nothing_else():
@@ -112,3 +115,10 @@ def test_tokens_are_drawn_but_for_special_ones():
 def test_inputs_of_another_kind_cannot_be_drawn():
     with pytest.raises(ValueError, match=r"the inputs are input_values. Pass a data set"):
         random_inputs({"input_values": torch.randn(2, 100)}, None, [], torch.Generator())
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    for pictures, vocabulary in ((torch.randn(2, 2, 3, 8, 8), 60), (torch.randn(2, 3, 8, 8), None)):
+        with pytest.raises(ValueError, match="the inputs are pixel_values, input_ids"):
+            random_inputs({"pixel_values": pictures, "input_ids": tokens}, vocabulary, [], torch.Generator())
+    both = {"input_ids": tokens, "decoder_input_ids": tokens}
+    drawn = random_inputs(both, 60, [0], torch.Generator().manual_seed(0))
+    assert not torch.equal(drawn["decoder_input_ids"], tokens)
