@@ -184,19 +184,28 @@ def test_per_task_overrides(tmp_path):
     assert steps == [(12, 5e-3), (3, 1e-2), (4, 5e-3)]
     rates = [json.loads(path.read_text())["rates"] for path in sorted(tmp_path.glob("tasks/*/training.json"))]
     assert rates == [
-        {"direction_lr": 0.5, "scale_lr": 0.05},  # "auto", at its ceiling in so short a task
+        {"direction_lr": 0.5, "scale_lr": pytest.approx(0.075)},  # "auto", at its ceiling in so short a task
         {"direction_lr": 0.2, "scale_lr": 0.03},
-        {"direction_lr": 0.5, "scale_lr": 0.05},
+        {"direction_lr": 0.5, "scale_lr": pytest.approx(0.075)},
     ]
     assert trainer.args.max_steps == 4
     assert trainer.args.output_dir == str(tmp_path)
 
 
-def test_auto_rates_follow_the_number_of_steps(tmp_path):
-    trainer = make_trainer(tmp_path, tasks=("one",), max_steps=100)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"eblora_config": EBLoRAConfig(penalty_weight=0.0)}, 0.012),
+        ({}, 0.018),
+        ({"anchor": make_text_data("bert", seed=9)}, 0.036),
+    ],
+)
+def test_auto_rates_follow_the_number_of_steps(tmp_path, options, expected):
+    """s moves further where something holds the earlier tasks, or what the model knew before them."""
+    trainer = make_trainer(tmp_path, tasks=("one",), max_steps=100, **options)
     trainer.train()
     assert trainer.constraint.direction_lr == pytest.approx(0.25)
-    assert trainer.constraint.scale_lr == pytest.approx(0.012)
+    assert trainer.constraint.scale_lr == pytest.approx(expected)
 
 
 def test_one_dataset_is_one_task_and_another_run_appends(tmp_path):
