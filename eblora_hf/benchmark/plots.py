@@ -1,9 +1,10 @@
 """Plots of benchmark results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -74,17 +75,23 @@ def _plot_mfn(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _colors(methods: Iterable[str]) -> dict[str, Any]:
+    """One of twenty colours for each method, the same in every plot."""
+    return {method: matplotlib.colormaps["tab20"](index) for index, method in enumerate(methods)}
+
+
 def _plot_first_task(methods: dict[str, list[dict[str, Any]]], tasks: Sequence[str], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(7.2, 4.4), layout="constrained")
     axis = figure.subplots()
-    for index, (method, runs) in enumerate(methods.items()):
+    colors = _colors(methods)
+    for method, runs in methods.items():
         curves = np.array([[row[0] for row in run["accuracy_matrix"]] for run in runs])  # (seeds, tasks)
         if curves.shape[1] < len(tasks):  # joint training has no order
-            axis.axhline(curves.mean(), linestyle=":", color=f"C{index}", label=method)
+            axis.axhline(curves.mean(), linestyle=":", color=colors[method], label=method)
             continue
         mean, spread = curves.mean(axis=0), curves.std(axis=0)
-        axis.plot(tasks, mean, marker="o", color=f"C{index}", label=method)
-        axis.fill_between(tasks, mean - spread, mean + spread, color=f"C{index}", alpha=0.12)
+        axis.plot(tasks, mean, marker="o", color=colors[method], label=method)
+        axis.fill_between(tasks, mean - spread, mean + spread, color=colors[method], alpha=0.12)
     axis.set_ylim(0, 100)
     axis.set_xlabel("after learning")
     axis.set_ylabel(f"accuracy on {tasks[0]}, percent")
@@ -99,7 +106,7 @@ def _plot_spectra(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for method, runs in methods.items():
         if runs[0]["sigma_ratio"]:
             ratio = np.mean([run["sigma_ratio"] for run in runs], axis=0)[: runs[0]["rank"]]
-            axis.plot(range(1, len(ratio) + 1), ratio, marker="o", label=method)
+            axis.plot(range(1, len(ratio) + 1), ratio, marker="o", color=_colors(methods)[method], label=method)
     axis.set_ylim(0, 1.05)
     axis.set_xlabel("i")
     axis.set_ylabel("σᵢ/σ₁ of the trained updates, mean")
