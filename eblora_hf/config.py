@@ -79,8 +79,8 @@ class EBLoRAConfig:
             kept on either side, beside the basis. It takes bases of token gradients. 0 for none, as published.
         anchor_weight (`float`, defaults to 1.0): Weight w of the loss of an `anchor`: w T² KL(before ‖ now) for the
             model before the task, and as much for the pre-trained one unless the anchor is `"random"`. Where the head
-            is drawn at random or each task has its own, what is held is the input of the head, by its squared error
-            over its variance. It is no part of the logged loss, but logged as `anchor_loss`.
+            is drawn at random or each task has its own, what is held is the input of the head, by 0.03 of its squared
+            error over its variance. It is no part of the logged loss, but logged as `anchor_loss`.
         anchor_temperature (`float`, defaults to 2.0): Temperature T of both answers.
         anchor_samples (`int`, defaults to 8): Rows of the anchor in each step of the optimizer on each process.
         init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.
@@ -215,9 +215,12 @@ class EBLoRAConfig:
         ):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
-        for name in ("basis_budget", "anchor_temperature"):
-            if getattr(self, name) is not None and not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a positive number.")
+        if self.basis_budget is not None and not 0.0 < self.basis_budget < math.inf:
+            raise ValueError(f"EBLoRAConfig(basis_budget={self.basis_budget!r}): expected a positive number, or None.")
+        if not 0.0 < self.anchor_temperature < math.inf:
+            raise ValueError(
+                f"EBLoRAConfig(anchor_temperature={self.anchor_temperature!r}): expected a positive number."
+            )
         if self.method == "olora" and self.earlier_tasks_error:
             raise ValueError(
                 f"EBLoRAConfig(earlier_tasks_error={self.earlier_tasks_error!r}): O-LoRA's penalty is on the earlier "

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 
 from ..adapters.layers import find_layers
 from ..config import EBLoRAConfig
+from ..manifold.penalty import MOST_COLUMNS
 from ..memory.accumulators import Storage
 from ..memory.basis import column_cap
-from ..memory.budget import LayerShape, bytes_of_sums, choose_storage, roots_within_budget
+from ..memory.budget import LayerShape, bytes_of_sums, choose_storage, roots_within_budget, sketched_outputs
 from ..methods.build import build_method
 
 WEIGHTS = {"float32": 4.0, "bfloat16": 2.0, "4-bit": 0.5 + 4 / 64}  # bytes; NF4 has a float32 scale for 64 weights
@@ -98,7 +99,9 @@ def estimate_cost(
     other_bytes = WEIGHTS["bfloat16" if dtype == "4-bit" else dtype]
     added, held = _bases(shapes, options, tasks) if method.remembers else (0, 0)
     if method.remembers == "curvature":
-        held += sum(min(256, (tasks - 1) * _roots(shape, options)) * (shape.d_in + shape.d_out) for shape in shapes)
+        held += sum(
+            min(MOST_COLUMNS, (tasks - 1) * _roots(shape, options)) * (shape.d_in + shape.d_out) for shape in shapes
+        )
     in_full = method.constrained and method.orthonormal
     task_adapter = factors + _FLOAT32 * heads
     return Cost(
@@ -170,8 +173,7 @@ def _sums(shapes: list[LayerShape], options: EBLoRAConfig, *kinds: str | None) -
             storage = choose_storage(shapes, second_moment=second_moment, budget=options.basis_budget)
         size = bytes_of_sums(shapes, storage, second_moment=second_moment)
         if kind == "curvature" and not storage.offload:
-            columns = 4 * max(shape.rank for shape in shapes)  # of the sketch on the side of the outputs
-            size += _FLOAT32 * columns * (sum(shape.d_out for shape in shapes))
+            size += _FLOAT32 * sketched_outputs(shape.rank for shape in shapes) * sum(shape.d_out for shape in shapes)
         largest = max(largest, size)
     return largest
 

@@ -114,8 +114,7 @@ def run_method(
         if anchor == "rows":
             anchor = Subset(splits["train"].transformed(lambda images: images), range(ANCHOR_ROWS))
         config = EBLoRAConfig(method=TUNING[method].get("method", method), **settings)
-        how: dict[str, Any] = {"config": config, "rank": rank, "anchor": anchor, "advance": advance}
-        return _continual(model, args, train_sets, test_sets, how)
+        return _continual(model, args, train_sets, test_sets, config=config, rank=rank, anchor=anchor, advance=advance)
 
 
 @contextlib.contextmanager
@@ -194,11 +193,11 @@ def train(
     return trainer
 
 
-def _continual(model, args, train_sets, test_sets, how: dict[str, Any]) -> MethodResult:
-    trainer = train(model, args, train_sets, test_sets, **how)
+def _continual(model, args, train_sets, test_sets, *, config, rank, anchor, advance) -> MethodResult:
+    trainer = train(model, args, train_sets, test_sets, config=config, rank=rank, anchor=anchor, advance=advance)
     published = trainer.begun.sequence
     base = published.tasks[-1].metrics[BASE]
-    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[: how["rank"]])
+    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[:rank])
 
 
 def _joint(model, args, train_sets, test_sets, *, rank, advance) -> MethodResult:

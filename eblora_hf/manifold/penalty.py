@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_MOST_COLUMNS = 256  # of the roots of all tasks together
+MOST_COLUMNS = 256  # of the roots of all tasks together
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def join_curvatures(tasks: list[Curvature]) -> Curvature:
 
 def _fewer_columns(root: torch.Tensor) -> torch.Tensor:
     """The longest columns of a root, in their order."""
-    if root.shape[1] <= _MOST_COLUMNS:
+    if root.shape[1] <= MOST_COLUMNS:
         return root
-    longest = root.square().sum(dim=0).argsort(descending=True, stable=True)[:_MOST_COLUMNS]
+    longest = root.square().sum(dim=0).argsort(descending=True, stable=True)[:MOST_COLUMNS]
     return root[:, longest.sort().values]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from .basis import BasisExtension
 _FREE = 512 * 2**20  # bytes of sums that no training notices
 SHARE_OF_WEIGHTS = 0.25  # of the adapted weights in 16 bits that sums may take beyond that
 _RANKS_SKETCHED = 4  # directions in the sketch of a gradient, for each that a task starts from
+_DIRECTIONS = 2  # of a curvature that are kept on either side, for each of the adapter's rank
+_DIRECTIONS_SKETCHED = 2  # in the sketch of its outputs, for each of these
 _COLUMNS_SKETCHED = 2  # in that of a moment, for each column that a basis may gain
 
 
@@ -71,16 +74,28 @@ def bytes_of_sums(shapes: list[LayerShape], storage: Storage, *, second_moment: 
     return 4 * (numbers + sum(drawn.values()))
 
 
+def kept_directions(rank: int) -> int:
+    """How many directions of the curvature of a layer, by the rank of its adapter, are kept on either side."""
+    return _DIRECTIONS * rank
+
+
+def sketched_outputs(ranks: Iterable[int]) -> int:
+    """Columns of the sketches on the side of the outputs of layers, by the ranks of their adapters."""
+    return _DIRECTIONS_SKETCHED * kept_directions(max(ranks))
+
+
 def roots_within_budget(rank: int, budget: float | None, itemsize: int) -> int:
     """
-    Columns of the roots of a curvature on either side: twice the rank, and a quarter of the budget at most.
+    Columns that are stored of the roots of a curvature on either side: [`kept_directions`], and a quarter of the
+    budget at most.
 
     Args:
         rank (`int`): r of the layer's adapter.
         budget (`float`, *optional*): `basis_budget`.
         itemsize (`int`): Bytes of a number.
     """
-    return 2 * rank if budget is None else min(2 * rank, int(budget * rank / itemsize))
+    directions = kept_directions(rank)
+    return directions if budget is None else min(directions, int(budget * rank / itemsize))
 
 
 def within_budget(extensions: dict[str, BasisExtension], numbers: int) -> dict[str, BasisExtension]:

@@ -12,12 +12,12 @@ from torch import nn
 
 from ..adapters.layers import AdaptedLayer
 from .accumulators import Storage
+from .budget import sketched_outputs
 from .gradients import observed_gradients
 from .moments import Batches, Moments, squared_norms
 from .sketch import Sketch
 
 _ON_DEVICE = Storage()
-_SKETCHED = 2  # directions in the sketch of an output side, for each that is kept of it
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,9 @@ def curvature_moments(
 
 
 def output_moments(layers: list[AdaptedLayer], storage: Storage) -> Moments:
-    """For sums over δ δᵀ, of which twice the rank of each layer's adapter will be kept."""
-    columns = _SKETCHED * max(kept_directions(layer) for layer in layers)
+    """For sums over δ δᵀ, of which some directions will be kept."""
+    columns = sketched_outputs(layer.rank for layer in layers)
     return Moments(layers, Storage(storage.offload, columns), side="d_out")
-
-
-def kept_directions(layer: AdaptedLayer) -> int:
-    """How many directions are kept of the curvature of a layer on either side."""
-    return 2 * layer.rank
 
 
 def joined_moments(inputs: Moments, outputs: Moments, items: torch.Tensor) -> dict[str, CurvatureMoments]:

@@ -11,7 +11,8 @@ from ..config import EBLoRAConfig
 from ..manifold.constraint import StiefelConstraint
 from ..manifold.penalty import KroneckerPenalty
 from ..memory.basis import BasisExtension
-from ..memory.curvature import CurvatureMoments, kept_directions, output_root
+from ..memory.budget import kept_directions
+from ..memory.curvature import CurvatureMoments, output_root
 from .base import Method, Snapshots, Tensors
 
 # Measured on the embedded benchmark (60 steps): directions move by about 25 in sum over a task, s by about 1.2. What
@@ -117,6 +118,6 @@ class EBLoRA(Method):
         """The extension of a layer's basis, and the roots of its curvature."""
         if not isinstance(seen, CurvatureMoments):
             return self.extend(layer, seen, basis)
-        directions = kept_directions(layer)
+        directions = kept_directions(layer.rank)
         extension = self.extend(layer, seen.inputs, basis, beyond=directions)
         return dataclasses.replace(extension, outputs=output_root(seen, directions))

@@ -4,7 +4,7 @@ adapter.
     eblora_sequence.json                              index: format, base model, tasks in order, sha256 of all files
     adapter_config.json, adapter_model.safetensors    all tasks as one stock LoRA (derived from the task folders)
     tasks/00-<name>/adapter_config.json, …            that task's update alone (base + its ΔW), stock LoRA
-    tasks/00-<name>/subspace.safetensors              the columns this task added to each layer's basis
+    tasks/00-<name>/subspace.safetensors              the columns this task added to each layer's basis, its curvature
     tasks/00-<name>/training.json                     how it was trained
 
 A task folder is written under a temporary name, synced and renamed; the index is replaced last. A crash leaves the old

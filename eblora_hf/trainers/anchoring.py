@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 _MOST_ROWS = 1024  # of a data set, evenly spaced; a few dozen do
 _RANDOM_ROWS = 256
+# a head's inputs have to move for a new task: held by their whole variance, a text encoder hardly learnt anything
+_SHARE_OF_FEATURES = 0.03
 
 
 @dataclasses.dataclass
@@ -67,12 +69,10 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
     """
 
     anchor: Any = None
-    _anchor_steps: list[
-        list[_Part]
-    ]  # the rows of a step in parts, for one step after another and from the first again
+    _anchor_steps: list[list[_Part]]  # the rows of one step after another, and then from the first again
     _anchor_rows: AnchorRows | None = None  # what the record of a task says of the anchor
     _head: torch.nn.Module | None = None  # whose inputs are held, if its answers mean nothing
-    _distance: torch.Tensor | None = None  # summed up since the last entry of the log
+    _loss_of_anchor: torch.Tensor | None = None  # summed up since the last entry of the log
     _pulls = 0  # since then
 
     @property
@@ -129,7 +129,7 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
 
     def begin_anchor(self, task: Task, seed: int) -> None:
         """Has the model before the task, and once in a run the pre-trained one, answer to the rows of the anchor."""
-        self._distance, self._pulls = None, 0
+        self._loss_of_anchor, self._pulls = None, 0
         self._head = self._label_head() if self._holds_features else None
         is_first = self._anchor_rows is None
         if not self.anchored:
@@ -228,12 +228,10 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         special = set(getattr(tokenizer, "all_special_ids", None) or ())
         for config in configs:
-            named = {} if config is None else dict(vars(config))
-            for name, value in named.items():
+            for name, value in vars(config).items() if config is not None else ():
                 if name.endswith(("_token_id", "_token_index")):
-                    special |= {
-                        token for token in (value if isinstance(value, list) else [value]) if token is not None
-                    }
+                    tokens = value if isinstance(value, list) else [value]
+                    special |= {token for token in tokens if token is not None}
         return special
 
     @torch.no_grad()
@@ -311,16 +309,16 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         with self.compute_loss_context_manager():
             outputs = self._held_outputs(model, part)
         held = [answers for answers in (part.pretrained, part.before_task) if answers is not None]
-        distance = part.share * torch.stack([answers.distance(outputs) for answers in held]).sum()
-        self.accelerator.backward(self.eblora_config.anchor_weight * distance)
+        weight = self.eblora_config.anchor_weight * (1.0 if self._head is None else _SHARE_OF_FEATURES)
+        loss = weight * part.share * torch.stack([answers.distance(outputs) for answers in held]).sum()
+        self.accelerator.backward(loss)
         # on the device: asking for it would wait for it
-        self._distance = distance.detach() + (0.0 if self._distance is None else self._distance)
+        self._loss_of_anchor = loss.detach() + (0.0 if self._loss_of_anchor is None else self._loss_of_anchor)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._distance is not None:
-            mean = self.accelerator.reduce(self._distance, "mean").item() / self._pulls
-            logs["anchor_loss"] = self.eblora_config.anchor_weight * mean
-            self._distance, self._pulls = None, 0
+        if "loss" in logs and self._loss_of_anchor is not None:
+            logs["anchor_loss"] = self.accelerator.reduce(self._loss_of_anchor, "mean").item() / self._pulls
+            self._loss_of_anchor, self._pulls = None, 0
         super().log(logs, *args, **kwargs)
 
 
