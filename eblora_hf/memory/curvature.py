@@ -59,7 +59,7 @@ def curvature_moments(
     def add(layer: AdaptedLayer, x: torch.Tensor, delta: torch.Tensor) -> None:
         if scale:
             inputs.add(layer, x, squared_norms(delta, scale))
-            outputs.add(layer, delta * scale)
+            outputs.add(layer, delta.to(layer.sum_dtype) * scale)
 
     with observed_gradients(model, layers, add):
         for batch, count in batches:

@@ -89,7 +89,7 @@ class ObservingMixin(TrainerSurface):
         passes = min(self.args.gradient_accumulation_steps, len(loader))
         observation = Observation(
             self.layers,
-            self.storage_of(self.method.remembers or "token-gradients"),
+            self.storage_of("token-gradients"),
             self.bases | (self.constraint.bases if self.constraint is not None else {}),  # those on the device
             self.observed_steps * passes,
             processes=self.args.world_size,
@@ -103,15 +103,22 @@ class ObservingMixin(TrainerSurface):
         return observation
 
     def items_of(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None, passes: int) -> Any:
-        """By what the loss of a step of so many such passes is divided on this process: its items, or its samples."""
+        """By what the loss of a step of so many such passes is divided on this process."""
         # the parent's own rule of what it divides by
         divided = getattr(self, "loss_is_scaled_for_ga", None)
         if divided is None:
             divided = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if not divided or num_items is None:
-            return (find_batch_size(inputs) or 1) * passes
+            return self.terms_of(inputs) * passes
         # those of all processes together are undone by a factor in `compute_loss`
         return num_items / (self.args.world_size if self.args.average_tokens_across_devices else 1)
+
+    def terms_of(self, inputs: dict[str, Any]) -> Any:
+        """Of how many terms a model takes its own mean: the labels of a batch that count, or its samples."""
+        labels = inputs.get("labels")
+        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+            return (labels != -100).sum().clamp_min(1)
+        return find_batch_size(inputs) or 1
 
     def observed(self) -> dict[str, Any] | None:
         """

@@ -12,7 +12,6 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import find_executable_batch_size
 
 from ..adapters.layers import AdaptedLayer
@@ -153,7 +152,7 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
                 batch_size=batch_size,
                 process_index=self.args.process_index,
                 world_size=self.args.world_size,
-                items=self._snapshot_items,
+                items=self.terms_of,  # of this process alone, since others may have no batch
             ),
             starting_batch_size=self._train_batch_size,
             auto_find_batch_size=self.args.auto_find_batch_size,
@@ -208,13 +207,6 @@ class SnapshotMixin(ObservingMixin, ReplayingMixin):
         """Takes away the optimizer and the scheduler of [`plan_training`]: training makes its own."""
         if self._stands_in:
             self.optimizer, self.lr_scheduler, self._stands_in = None, None, False
-
-    def _snapshot_items(self, inputs: dict) -> float:
-        """The labels of a batch that count, or its samples: of this process alone, since others may have no batch."""
-        labels = inputs.get("labels")
-        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-            return max(float((labels != -100).sum()), 1.0)
-        return float(find_batch_size(inputs) or 1)
 
     def _snapshot_loss(self, model: PeftModel, inputs: dict) -> Any:
         # a user's loss function is promised the number of items; models take their own mean without it, which no

@@ -80,6 +80,22 @@ def test_the_root_of_the_outputs_has_the_size_of_the_inputs():
     torch.testing.assert_close((few @ few.mT).trace(), torch.linalg.eigvalsh(root @ root.mT)[-2:].sum())
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_snapshot_says_what_was_observed(tmp_path, kind):
+    """One epoch of hardly moving weights, observed or in a snapshot afterwards, by tokens or by samples."""
+    sizes = []
+    for observe in (0.5, 0.0):
+        still = {"direction_lr": 1e-6, "scale_lr": 1e-9, "energy_threshold": 0.5, "basis_dtype": "float32"}
+        config = EBLoRAConfig(observe_steps=observe, snapshot_samples=6, **still)
+        options = {"max_steps": 12, "learning_rate": 1e-9, "eblora_config": config}
+        folder = tmp_path / str(observe)
+        make_trainer(folder, kind, tasks=("one",), **options).train()
+        (curvatures,) = ([tasks[0] for tasks in PublishedSequence.open(folder).curvatures().values()],)
+        sizes.append([curvature.outputs.square().sum().item() for curvature in curvatures])
+    # of a causal row of 8 labels the Trainer counts 8 items, and the model's own mean has 7 terms
+    assert sizes[0] == pytest.approx([size * (7 / 8 if kind == "llama" else 1) for size in sizes[1]], rel=0.02)
+
+
 def test_a_later_run_has_the_curvature_that_was_published(tmp_path):
     trainer = make_trainer(tmp_path, eblora_config=EBLoRAConfig(basis_dtype="float32"))
     trainer.train()
