@@ -172,14 +172,20 @@ def test_sums_of_more_processes_than_there_are_now(tmp_path):
 def test_a_process_more_than_before_has_no_sums_and_knows_the_steps(tmp_path):
     """Or it would find too little observed where the others find enough, and wait for them for ever."""
     save_file({"steps": torch.tensor(3), "x.0": torch.ones(2)}, tmp_path / "eblora_observed-0-of-1.safetensors")
-    held = []
-    for index in range(2):
-        mixin = ObservingMixin()
-        mixin.args = SimpleNamespace(process_index=index, world_size=2)
-        mixin.load_observation(str(tmp_path))
-        held.append(mixin._observed_before)
+
+    def load(remembers):
+        for index in range(2):
+            mixin = ObservingMixin()
+            mixin.args = SimpleNamespace(process_index=index, world_size=2)
+            mixin.method = SimpleNamespace(remembers=remembers)
+            mixin.load_observation(str(tmp_path))
+            yield mixin._observed_before
+
+    held = list(load("token-gradients"))
     assert [steps for steps, _ in held] == [3, 3]
     assert [len(states) for _, states in held] == [1, 0]
+    # it has seen nothing of the outputs, which the penalty needs: on no process it counts as observed
+    assert list(load("curvature")) == [None, None]
 
 
 # ---- where too little was observed ----
