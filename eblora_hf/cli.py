@@ -59,20 +59,30 @@ def demo(
 
 @app.command()
 def benchmark(
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated methods.")
-    ] = "frozen,lora,olora,osf,ebo,inflora,keeplora,eblora-published,eblora,eblora-random,"
-    "eblora-anchor,eblora-replay,joint",
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, or a range such as 0-4.")] = "0-4",
-    tasks: Annotated[
+    suite: Annotated[
         str,
         typer.Option(
-            help="Comma-separated image transformations in the order they are learnt: rotate-<degrees>, invert, "
-            "invert-left, invert-top, shear, shear-left, edges, swap-columns, swap-rows, grid, dots, noise, permute, "
-            "dim, flip-horizontal, flip-vertical, transpose, zoom-in, zoom-out, upright."
+            help="What is learnt: digits; long (eighteen tasks of them); text, text-grow or text-long (docstrings, on "
+            "a pre-trained encoder: pip install 'eblora-hf[text]')."
         ),
-    ] = "rotate-60,invert-left,shear,edges,swap-columns,grid",
-    rank: Annotated[int, typer.Option(min=1, max=16, help="LoRA rank of each task.")] = 4,
+    ] = "digits",
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods; by default all of the suite.", show_default=False)
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, or a range such as 0-4.")] = "0-4",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks in the order they are learnt; by default those of the suite. Of digits: "
+            "rotate-<degrees>, invert, invert-left, invert-top, shear, shear-left, edges, swap-columns, swap-rows, "
+            "grid, dots, noise, permute, dim, flip-horizontal, flip-vertical, transpose, zoom-in, zoom-out, upright.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, max=16, help="LoRA rank of each task; by default the suite's.", show_default=False),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results, tables and plots.")] = Path("eblora-benchmark"),
     tune: Annotated[
         bool, typer.Option("--tune", help="Tune every method on the validation split of seeds 100 and 101 first.")
@@ -82,7 +92,7 @@ def benchmark(
     ),
 ) -> None:
     """
-    Compare continual-learning methods on handwritten digits, over several seeds.
+    Compare continual-learning methods on handwritten digits or on text, over several seeds.
 
     Runs in parallel, offline, on the CPU. Writes one line per method and seed to results.jsonl, and a summary and
     plots beside it. Started again, it makes only the runs that are missing.
@@ -93,13 +103,16 @@ def benchmark(
     from .benchmark import benchmark as comparison
 
     try:
-        comparison.check(_names(methods), _names(tasks))
+        chosen = comparison.chosen_suite(suite)
+        names = list(chosen.methods) if methods is None else _names(methods)
+        learnt = list(chosen.tasks) if tasks is None else _names(tasks)
+        comparison.check(chosen, names, learnt)
         numbers = _seeds(seeds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        comparison.run(_names(methods), numbers, _names(tasks), rank, output, tuned_here=tune, workers=workers)
-    except (OSError, RuntimeError, ValueError) as error:
+        comparison.run(chosen, names, numbers, learnt, rank or chosen.rank, output, tuned_here=tune, workers=workers)
+    except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .digits import PRETRAINING_STEPS, load_digits, pretrain, steady_cpu
+from .digits import PRETRAINING_STEPS, digits_problem, load_digits, pretrain, steady_cpu
 from .plots import plot_matrices
-from .protocol import METHODS, STEPS_PER_TASK, MethodResult, run_method
+from .protocol import STEPS_PER_TASK, MethodResult, run_method
 from .report import print_tables, save_results
+from .suites import SUITES
 from .transformations import PROTOCOL_TASKS
 
-__all__ = ["METHODS", "run"]
+METHODS = SUITES["digits"].methods
 
 
 def run(seed: int, methods: list[str], output: Path) -> dict[str, MethodResult]:
@@ -33,10 +34,13 @@ def run(seed: int, methods: list[str], output: Path) -> dict[str, MethodResult]:
     with steady_cpu(), Progress(*columns, console=console) as progress:
         bar = progress.add_task("pre-training on upright digits", total=PRETRAINING_STEPS)
         model = pretrain(seed, splits["train"], lambda: progress.advance(bar))
+        problem = digits_problem(model, splits, PROTOCOL_TASKS)
         for method in methods:
             total = 1 if method == "frozen" else STEPS_PER_TASK * len(PROTOCOL_TASKS)
             bar = progress.add_task(f"{method}: {len(PROTOCOL_TASKS)} tasks", total=total)
-            results[method] = run_method(method, model, splits, seed, advance=partial(progress.advance, bar))
+            results[method] = run_method(
+                method, SUITES["digits"], problem, seed, advance=partial(progress.advance, bar)
+            )
             progress.update(bar, completed=total)
     print_tables(console, results, PROTOCOL_TASKS)
     save_results(results, seed, output / "results.json")

@@ -1,15 +1,20 @@
-"""Data and base model of the embedded benchmark: scikit-learn's digits and a small ViT."""
+"""The suite of transformed digits: scikit-learn's images and a small ViT that is pre-trained on them upright."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup, set_seed
 
-from .transformations import Transformation, warp
+from ..published.files import tensor_bytes, write
+from .suite import ANCHOR_ROWS, Problem, Suite
+from .transformations import Transformation, transformation, warp
 
 SPLITS = {"train": 900, "validation": 360, "test": 537}
 PRETRAINING_STEPS = 800
@@ -126,3 +131,58 @@ def steady_cpu() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
+
+
+# ---- the suite ----
+
+
+def digits_problem(
+    model: nn.Module, splits: dict[str, Digits], tasks: Sequence[str], measured_on: str = "test"
+) -> Problem:
+    """
+    Tasks of transformed digits for a model that knows them upright.
+
+    Args:
+        model (`nn.Module`): From [`pretrain`].
+        splits (`dict[str, Digits]`): From [`load_digits`].
+        tasks (`Sequence[str]`): Names of transformations.
+        measured_on (`str`, defaults to `"test"`): The split to measure on.
+    """
+    transforms = {name: transformation(name) for name in tasks}
+    upright, labels = splits[measured_on].images, splits[measured_on].labels
+
+    def left(trained: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            right = trained.eval()(pixel_values=upright).logits.argmax(-1) == labels
+        return {"base": 100.0 * right.double().mean().item()}
+
+    return Problem(
+        model,
+        {name: splits["train"].transformed(transform) for name, transform in transforms.items()},
+        {name: splits[measured_on].transformed(transform) for name, transform in transforms.items()},
+        Subset(splits["train"].transformed(lambda images: images), range(ANCHOR_ROWS)),
+        left,
+        {},
+    )
+
+
+class DigitsSuite(Suite):
+    """Every task is a transformation of the images; all have the one head of the pre-training, which is frozen."""
+
+    settings_of, rank, batch_size = "digits", 4, 32
+
+    def check_task(self, name: str) -> None:
+        transformation(name)
+
+    def prepare(self, seed: int, folder: Path) -> None:
+        path = folder / f"seed-{seed}.safetensors"
+        if not path.is_file():
+            write(path, tensor_bytes(pretrain(seed, load_digits(seed)["train"]).state_dict()))
+
+    def problem(self, seed: int, folder: Path, tasks: Sequence[str], measured_on: str) -> Problem:
+        model, path = new_model(), folder / f"seed-{seed}.safetensors"
+        try:
+            model.load_state_dict(safetensors.torch.load_file(path))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it.") from error
+        return digits_problem(model.eval().requires_grad_(False), load_digits(seed), tasks, measured_on)

@@ -17,7 +17,8 @@ from ..adapters.merging import merge_adapters
 from ..adapters.states import AdapterState, factors_of
 from ..config import EBLoRAConfig
 from .digits import Digits, DigitsDataset, load_digits, pretrain, steady_cpu
-from .protocol import TUNING, quiet, train, training_arguments
+from .protocol import quiet, train, training_arguments
+from .suites import SUITES
 from .transformations import PROTOCOL_TASKS, transformation
 
 VARIANTS = {"raw": "none", "equal sum": "sum", "equal Frobenius": "frobenius"}  # as `smooth` of merge_adapters
@@ -153,6 +154,8 @@ def _merge(measures: dict[str, NormalisedAccuracy], adapters: list[AdapterState]
 def _train(base: nn.Module, data: DigitsDataset, name: str, seed: int) -> AdapterState:
     """The adapter of one task, trained as the benchmark's sequential LoRA trains its first."""
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        args = dataclasses.replace(training_arguments(folder, seed), **TUNING["lora"]["tuned"])
-        trainer = train(copy.deepcopy(base), args, {name: data}, config=EBLoRAConfig(method="lora"))
+        suite = SUITES["digits"]
+        args = dataclasses.replace(training_arguments(folder, seed), **suite.tuning["lora"]["tuned"])
+        config = EBLoRAConfig(method="lora")
+        trainer = train(copy.deepcopy(base), args, {name: data}, config=config, rank=suite.rank)
         return trainer.begun.sequence.adapters()[0]

@@ -26,6 +26,8 @@ def plot_matrices(
         image = axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
         for t, row in enumerate(matrix):
             for i, value in enumerate(row):
+                if np.isnan(value):  # not measured: a task without its head yet
+                    continue
                 colour = "black" if value > 60 else "white"
                 axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
         axis.set_title(f"{method}: {titles[method]}", fontsize=10)
@@ -53,7 +55,10 @@ def plot_benchmark(lines: list[dict[str, Any]], folder: Path) -> list[Path]:
     """
     methods = by_method(lines)
     tasks = lines[0]["tasks"]
-    means = {method: np.mean([run["accuracy_matrix"] for run in runs], axis=0) for method, runs in methods.items()}
+    means = {
+        method: np.mean([np.array(run["accuracy_matrix"], dtype=float) for run in runs], axis=0)
+        for method, runs in methods.items()
+    }
     titles = {method: f"MFN {np.mean([run['MFN'] for run in runs]):.1f}" for method, runs in methods.items()}
     plot_matrices({method: mean.tolist() for method, mean in means.items()}, titles, tasks, folder / "matrices.png")
     _plot_mfn(methods, folder / "mfn.png")
@@ -85,7 +90,7 @@ def _plot_first_task(methods: dict[str, list[dict[str, Any]]], tasks: Sequence[s
     axis = figure.subplots()
     colors = _colors(methods)
     for method, runs in methods.items():
-        curves = np.array([[row[0] for row in run["accuracy_matrix"]] for run in runs])  # (seeds, tasks)
+        curves = np.array([[row[0] for row in run["accuracy_matrix"]] for run in runs], dtype=float)  # (seeds, tasks)
         if curves.shape[1] < len(tasks):  # joint training has no order
             axis.axhline(curves.mean(), linestyle=":", color=colors[method], label=method)
             continue

@@ -1,38 +1,33 @@
-"""The protocol of the embedded benchmark: one method on one seed, through the real trainer."""
+"""The protocol of the embedded benchmark: one method on one seed of a suite, through the real trainer."""
 
 import contextlib
 import copy
 import dataclasses
-import json
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import LoraConfig
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..adapters.spectra import mean_sigma_ratio
 from ..config import EBLoRAConfig
 from ..metrics import continual_metrics
+from ..published.sequence import PublishedSequence
+from ..trainers.labels import set_labels
 from ..trainers.trainer import ContinualEBLoRATrainer
-from .digits import Digits
-from .transformations import PROTOCOL_TASKS, transformation
+from .suite import Problem, Suite
 
 STEPS_PER_TASK = 60
-RANK = 4
-ANCHOR_ROWS = 90  # of the pre-training, without labels
-BASE = "upright digits"  # name of the set that shows how much of the pre-training survives; no task can have it
-
-# per method the grid it is tuned on, as many settings for each, and what that gave; a variant names its `method`
-TUNING: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuning.json").read_text("utf-8"))
-METHODS = ("frozen", *TUNING)
+NOT_MEASURED = float("nan")
 
 
 @dataclass
@@ -42,10 +37,14 @@ class MethodResult:
 
     Args:
         MFN, MAA, BWT, LA, FWT (`float`): See `eblora_hf.metrics`.
-        base (`float`): Accuracy on upright digits at the end.
+        base (`float`): Accuracy at the end on what the pre-training taught.
         accuracy_matrix (`list[list[float]]`): R[t][i], accuracy on task i after learning task t; a single row for
             joint training, which learns all tasks at once.
         sigma_ratio (`list[float]`): Mean σ_i/σ_1 of the trained updates; empty for the frozen model.
+        similarity (`float`): Of a text encoder at the end with itself before, see [`HeldOut`].
+        room (`float`): Share of a layer's input directions that no basis takes, mean over the layers, in percent.
+        megabytes (`float`): Of the sequence on disk.
+        seconds (`float`): Processor time of training and of the evaluations after each task.
     """
 
     MFN: float
@@ -56,6 +55,10 @@ class MethodResult:
     base: float
     accuracy_matrix: list[list[float]]
     sigma_ratio: list[float]
+    similarity: float = NOT_MEASURED
+    room: float = NOT_MEASURED
+    megabytes: float = NOT_MEASURED
+    seconds: float = field(default=NOT_MEASURED, compare=False)
 
 
 class _StepProgress(TrainerCallback):
@@ -68,53 +71,62 @@ class _StepProgress(TrainerCallback):
 
 def run_method(
     method: str,
-    base_model: nn.Module,
-    splits: dict[str, Digits],
+    suite: Suite,
+    problem: Problem,
     seed: int,
     *,
     settings: dict[str, Any] | None = None,
-    tasks: Sequence[str] = PROTOCOL_TASKS,
-    rank: int = RANK,
-    measured_on: str = "test",
+    rank: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> MethodResult:
     """
     Learns the tasks with a method and measures it.
 
     Args:
-        method (`str`): One of `METHODS`.
-        base_model (`nn.Module`): The pre-trained model, which is left as it is.
-        splits (`dict[str, Digits]`): From [`load_digits`].
+        method (`str`): One of the suite's.
+        suite ([`Suite`]): It has the settings.
+        problem ([`Problem`]): Of the seed; its model is left as it is.
         seed (`int`): Seed of the training.
         settings (`dict`, *optional*): `learning_rate` and options of [`EBLoRAConfig`] instead of the tuned ones; and
-            `anchor`, `"random"` or `"rows"`: 90 of those that the model was pre-trained on.
-        tasks (`Sequence[str]`): Names of transformations, in the order they are learnt.
-        rank (`int`): LoRA rank of each task.
-        measured_on (`str`): The split to measure on: `"test"`, or `"validation"` while tuning.
+            `anchor`, `"random"` or `"rows"`: those of the problem.
+        rank (`int`, *optional*): LoRA rank of each task instead of the suite's.
         advance (`Callable`): Called after each of the training steps.
 
     Returns:
         [`MethodResult`].
     """
-    transforms = {name: transformation(name) for name in tasks}
-    train_sets = {name: splits["train"].transformed(transform) for name, transform in transforms.items()}
-    test_sets = {name: splits[measured_on].transformed(transform) for name, transform in transforms.items()}
-    test_sets[BASE] = splits[measured_on].transformed(lambda images: images)
-    model = copy.deepcopy(base_model)
+    rank = rank or suite.rank
+    model = copy.deepcopy(problem.model)
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(folder, seed)
+        args = training_arguments(folder, seed, suite.batch_size)
         if method == "frozen":
-            return _frozen(model, args, test_sets)
-        settings = dict(TUNING[method]["tuned"] if settings is None else settings)
+            return _frozen(model, args, problem, suite.heads)
+        settings = dict(suite.tuning[method]["tuned"] if settings is None else settings)
         args = dataclasses.replace(args, learning_rate=settings.pop("learning_rate"))
+        options = problem.trainer_arguments | {"advance": advance}
+        begun = time.process_time()
         if method == "joint":
-            args = dataclasses.replace(args, max_steps=args.max_steps * len(tasks))
-            return _joint(model, args, train_sets, test_sets, rank=rank * len(tasks), advance=advance)
+            return _joint(model, args, problem, rank=rank * len(problem.train_sets), begun=begun, options=options)
         anchor = settings.pop("anchor", None)
-        if anchor == "rows":
-            anchor = Subset(splits["train"].transformed(lambda images: images), range(ANCHOR_ROWS))
-        config = EBLoRAConfig(method=TUNING[method].get("method", method), **settings)
-        return _continual(model, args, train_sets, test_sets, config=config, rank=rank, anchor=anchor, advance=advance)
+        config = EBLoRAConfig(method=suite.tuning[method].get("method", method), heads=suite.heads, **settings)
+        trainer = train(
+            model,
+            args,
+            problem.train_sets,
+            problem.test_sets,
+            config=config,
+            rank=rank,
+            anchor=problem.anchor if anchor == "rows" else anchor,
+            **options,
+        )
+        seconds = time.process_time() - begun
+        # a head that grows is asked without being told the task
+        matrix = trainer.root_accuracy_matrix if suite.heads == "grow" else trainer.accuracy_matrix
+        published = trainer.begun.sequence
+        result = _result(matrix, problem.left(trainer.model), mean_sigma_ratio(published.adapters())[:rank])
+        return dataclasses.replace(
+            result, room=_room(published), megabytes=_megabytes(published.folder), seconds=seconds
+        )
 
 
 @contextlib.contextmanager
@@ -130,13 +142,13 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def training_arguments(folder: str, seed: int) -> TrainingArguments:
+def training_arguments(folder: str, seed: int, batch_size: int = 32) -> TrainingArguments:
     """The arguments of one task's training, but for the learning rate."""
     return TrainingArguments(
         output_dir=folder,
         seed=seed,
         max_steps=STEPS_PER_TASK,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=537,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
@@ -157,9 +169,10 @@ def train(
     test_sets: dict[str, Dataset] | None = None,
     *,
     config: EBLoRAConfig,
-    rank: int = RANK,
+    rank: int,
     anchor: Dataset | str | None = None,
     advance: Callable[[], None] = lambda: None,
+    **trainer_arguments: Any,
 ) -> ContinualEBLoRATrainer:
     """
     Trains a model on tasks, as the protocol adapts it.
@@ -173,6 +186,7 @@ def train(
         rank (`int`): LoRA rank of each task.
         anchor (`Dataset` or `"random"`, *optional*): As in [`ContinualMixin`].
         advance (`Callable`): Called after each of the training steps.
+        trainer_arguments: More arguments of the trainer.
 
     Returns:
         [`ContinualEBLoRATrainer`]: After training; the sequence is in `args.output_dir`.
@@ -187,51 +201,80 @@ def train(
         compute_metrics=_accuracy,
         callbacks=[_StepProgress(advance)],
         anchor=anchor,
+        **trainer_arguments,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
 
-def _continual(model, args, train_sets, test_sets, *, config, rank, anchor, advance) -> MethodResult:
-    trainer = train(model, args, train_sets, test_sets, config=config, rank=rank, anchor=anchor, advance=advance)
-    published = trainer.begun.sequence
-    base = published.tasks[-1].metrics[BASE]
-    return _result(trainer.accuracy_matrix, base, mean_sigma_ratio(published.adapters())[:rank])
-
-
-def _joint(model, args, train_sets, test_sets, *, rank, advance) -> MethodResult:
+def _joint(model, args, problem: Problem, *, rank, begun, options) -> MethodResult:
     """One LoRA of the rank of all tasks together, on the data of all tasks together: the upper bound."""
-    together: dict[str, Dataset] = {"joint": ConcatDataset(train_sets.values())}
-    measured_sets = test_sets | {"joint": test_sets[BASE]}  # every task of a sequence has an evaluation set
-    config = EBLoRAConfig(method="lora")
-    trainer = train(model, args, together, measured_sets, config=config, rank=rank, advance=advance)
+    args = dataclasses.replace(args, max_steps=args.max_steps * len(problem.train_sets))
+    together: dict[str, Dataset] = {"joint": ConcatDataset(problem.train_sets.values())}
+    first = next(iter(problem.test_sets.values()))
+    measured_sets = problem.test_sets | {"joint": first}  # every task of a sequence has an evaluation set
+    trainer = train(model, args, together, measured_sets, config=EBLoRAConfig(method="lora"), rank=rank, **options)
+    seconds = time.process_time() - begun
     published = trainer.begun.sequence
-    measured = published.tasks[-1].metrics
-    row = [100.0 * measured[name] for name in train_sets]
+    row = [100.0 * published.tasks[-1].metrics[name] for name in problem.train_sets]
     return MethodResult(
         MFN=float(np.mean(row)),
-        **dict.fromkeys(("MAA", "BWT", "LA", "FWT"), float("nan")),
-        base=100.0 * measured[BASE],
+        **dict.fromkeys(("MAA", "BWT", "LA", "FWT"), NOT_MEASURED),
+        **problem.left(trainer.model),
         accuracy_matrix=[row],
         sigma_ratio=mean_sigma_ratio(published.adapters())[:rank],
+        room=_room(published),
+        megabytes=_megabytes(published.folder),
+        seconds=seconds,
     )
 
 
-def _frozen(model, args, test_sets) -> MethodResult:
-    trainer = Trainer(model=model, args=args, compute_metrics=_accuracy)
+def _frozen(model, args, problem: Problem, heads: str) -> MethodResult:
+    """The pre-trained model; where tasks have heads of their own, these alone are trained."""
+    begun = time.process_time()
+    if heads == "shared":
+        row = [
+            _stock_trainer(model, args, problem).evaluate(own)["eval_accuracy"] for own in problem.test_sets.values()
+        ]
+        matrix = np.array([row] * len(row))
+    else:
+        row = [_head_alone(model, args, problem, name) for name in problem.train_sets]
+        matrix = np.where(np.tri(len(row), dtype=bool), row, NOT_MEASURED)  # no head before its task
+    result = _result(matrix, problem.left(model), [])
+    return dataclasses.replace(result, seconds=time.process_time() - begun)
+
+
+def _head_alone(model, args, problem: Problem, name: str) -> float:
+    """Accuracy on a task of a head on the frozen model."""
+    model, train_set = copy.deepcopy(model).requires_grad_(False), problem.train_sets[name]
+    model.num_labels = model.config.num_labels = len(set_labels(train_set) or ())
+    model.classifier = nn.Linear(model.config.hidden_size, model.num_labels)
+    trainer = _stock_trainer(model, dataclasses.replace(args, learning_rate=1e-2), problem, train_dataset=train_set)
+    trainer.train()
+    return trainer.evaluate(problem.test_sets[name])["eval_accuracy"]
+
+
+def _stock_trainer(model, args, problem: Problem, **sets: Any) -> Trainer:
+    trainer = Trainer(model=model, args=args, compute_metrics=_accuracy, **sets, **problem.trainer_arguments)
     trainer.remove_callback(PrinterCallback)
-    measured = {name: trainer.evaluate(dataset)["eval_accuracy"] for name, dataset in test_sets.items()}
-    base = measured.pop(BASE)
-    return _result(np.array([list(measured.values())] * len(measured)), base, [])
+    return trainer
 
 
-def _result(matrix: np.ndarray, base: float, sigma_ratio: list[float]) -> MethodResult:
+def _result(matrix: np.ndarray, left: dict[str, float], sigma_ratio: list[float]) -> MethodResult:
     values = continual_metrics(100.0 * matrix)
     del values["transfer"]
-    return MethodResult(
-        **values, base=100.0 * base, accuracy_matrix=(100.0 * matrix).tolist(), sigma_ratio=sigma_ratio
-    )
+    return MethodResult(**values, **left, accuracy_matrix=(100.0 * matrix).tolist(), sigma_ratio=sigma_ratio)
+
+
+def _room(published: PublishedSequence) -> float:
+    bases = published.bases().values()
+    return 100.0 * float(np.mean([1.0 - basis.shape[1] / basis.shape[0] for basis in bases])) if bases else 100.0
+
+
+def _megabytes(folder: Path) -> float:
+    sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts)
+    return sum(sizes) / 1e6
 
 
 def _accuracy(prediction) -> dict[str, float]:

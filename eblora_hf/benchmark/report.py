@@ -14,9 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..version import __version__
-from .protocol import METHODS, MethodResult
+from .protocol import MethodResult
+from .suites import SUITES
 
-METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base")
+METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base", "similarity")
+COSTS = {"room": "%", "megabytes": "MB", "seconds": "s"}
+_LAST = 6
 
 
 def package_versions() -> dict[str, str]:
@@ -26,10 +29,14 @@ def package_versions() -> dict[str, str]:
 
 
 def as_json(result: MethodResult) -> dict[str, Any]:
-    """A result as JSON has it: a metric that is not defined becomes null."""
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(result).items()
-    }
+    """A result as JSON has it: what is not defined or was not measured becomes null."""
+    return {key: _without_nan(value) for key, value in asdict(result).items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # ---- one seed: the demo ----
@@ -39,10 +46,11 @@ def print_tables(console: Console, results: dict[str, MethodResult], tasks: Sequ
     """Prints metrics, accuracy matrices and the spectra of the updates."""
     table = Table(title="Accuracy in percent, test split")
     table.add_column("method")
-    for name in METRICS:
+    shown = [name for name in METRICS if any(not math.isnan(getattr(result, name)) for result in results.values())]
+    for name in shown:
         table.add_column(name, justify="right")
     for method, result in results.items():
-        table.add_row(method, *(f"{getattr(result, name):.1f}" for name in METRICS))
+        table.add_row(method, *(f"{getattr(result, name):.1f}" for name in shown))
     console.print(table)
     for method, result in results.items():
         table = Table(title=f"{method}: accuracy after (row) on (column)")
@@ -75,20 +83,41 @@ def save_results(results: dict[str, MethodResult], seed: int, path: Path) -> Non
 
 
 def by_method(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each method in the order of `METHODS`, those of a method in the order of the seeds."""
+    """The lines of each method in the order of their suite, those of a method in the order of the seeds."""
     grouped = {
         method: sorted((line for line in lines if line["method"] == method), key=lambda line: line["seed"])
-        for method in METHODS
+        for method in SUITES[lines[0]["suite"]].methods
     }
     return {method: own for method, own in grouped.items() if own}
 
 
-def summary_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
-    """Per method its metrics, mean ± standard deviation over the seeds (n - 1 in the denominator)."""
-    return [
-        [method, *(_mean_sd([run[metric] for run in runs]) for metric in METRICS)]
-        for method, runs in by_method(lines).items()
-    ]
+def summary_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """A header, and per method its metrics, mean ± standard deviation over the seeds (n - 1 in the denominator)."""
+    return _table(lines, {name: [line[name] for line in lines] for name in METRICS})
+
+
+def cost_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """What a sequence takes, as [`summary_table`]; with the learning accuracy of the last six of more tasks."""
+    columns = {f"{name} ({unit})": [line[name] for line in lines] for name, unit in COSTS.items()}
+    if len(lines[0]["tasks"]) > _LAST:
+        columns = {f"LA of the last {_LAST}": [_last_learnt(line["accuracy_matrix"]) for line in lines]} | columns
+    return _table(lines, columns)
+
+
+def _table(lines: list[dict[str, Any]], columns: dict[str, list[float | None]]) -> list[list[str]]:
+    """By method and column mean ± standard deviation; columns are values by line, and without any value left out."""
+    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    rows = [["method", *columns]]
+    for method in by_method(lines):
+        own = [index for index, line in enumerate(lines) if line["method"] == method]
+        rows.append([method, *(_mean_sd([values[index] for index in own]) for values in columns.values())])
+    return rows
+
+
+def _last_learnt(matrix: list[list[float | None]]) -> float | None:
+    learnt = [row[index] for index, row in enumerate(matrix)] if len(matrix) > 1 else [None]
+    numbers = [value for value in learnt[-_LAST:] if value is not None]
+    return float(np.mean(numbers)) if numbers else None
 
 
 def paired_rows(lines: list[dict[str, Any]], reference: str) -> list[list[str]]:
@@ -113,33 +142,37 @@ def _mean_sd(values: Sequence[float | None], sign: str = "") -> str:
 
 
 def markdown(lines: list[dict[str, Any]], reference: str) -> str:
-    """The summary as Markdown tables, followed by the settings in use."""
+    """The summary as Markdown tables, followed by the settings in use and what it takes."""
     seeds = sorted({line["seed"] for line in lines})
-    text = _markdown_table(["method", *METRICS], summary_rows(lines))
+    tables = [summary_table(lines)]
     if reference in by_method(lines):
-        text += "\n" + _markdown_table(
-            [f"MFN of {reference} minus", "mean ± sd", "over the seeds"], paired_rows(lines, reference)
-        )
+        tables.append([[f"MFN of {reference} minus", "mean ± sd", "over the seeds"], *paired_rows(lines, reference)])
     settings = {method: runs[0]["settings"] for method, runs in by_method(lines).items() if runs[0]["settings"]}
-    rows = [[method, ", ".join(f"{k} {v}" for k, v in options.items())] for method, options in settings.items()]
-    text += "\n" + _markdown_table(["method", "settings"], rows) if rows else ""
+    if settings:
+        rows = [[method, ", ".join(f"{k} {v}" for k, v in options.items())] for method, options in settings.items()]
+        tables.append([["method", "settings"], *rows])
+    tables.append(cost_table(lines))
+    text = "\n".join(_markdown_table(table) for table in tables if len(table[0]) > 1)
     versions = ", ".join(f"{name} {number}" for name, number in lines[0]["versions"].items())
     tasks = ", ".join(lines[0]["tasks"])
     return f"{text}\nSeeds {', '.join(map(str, seeds))}; tasks {tasks}; rank {lines[0]['rank']}. {versions}.\n"
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _markdown_table(rows: list[list[str]]) -> str:
+    header, *others = rows
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *others))
 
 
 def print_summary(console: Console, lines: list[dict[str, Any]], reference: str) -> None:
-    """Prints the metrics of all methods and the differences from the reference."""
-    tables = [("Accuracy in percent, test split, mean ± sd over the seeds", ["method", *METRICS], summary_rows(lines))]
+    """Prints the metrics of all methods, the differences from the reference and what a sequence takes."""
+    tables = {"Accuracy in percent, test split, mean ± sd over the seeds": summary_table(lines)}
     if reference in by_method(lines):
         header = [f"MFN of {reference} minus", "mean ± sd", "over the seeds"]
-        tables.append(("Paired differences", header, paired_rows(lines, reference)))
-    for title, header, rows in tables:
+        tables["Paired differences"] = [header, *paired_rows(lines, reference)]
+    tables["What a sequence takes"] = cost_table(lines)
+    for title, (header, *rows) in tables.items():
+        if len(header) == 1:  # nothing of it was measured
+            continue
         table = Table(title=title)
         for index, name in enumerate(header):
             table.add_column(name, justify="right" if index else "left")

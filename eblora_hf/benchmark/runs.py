@@ -11,12 +11,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
-from ..published.files import tensor_bytes, write
-from .digits import load_digits, new_model, pretrain, steady_cpu
-from .protocol import TUNING, MethodResult, run_method
+from .digits import steady_cpu
+from .protocol import MethodResult, run_method
 from .report import as_json, package_versions
+from .suite import Suite
+from .suites import SUITES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +24,16 @@ class Run:
     One run of the protocol.
 
     Args:
-        method (`str`): One of `METHODS`.
+        suite (`str`): One of `SUITES`.
+        method (`str`): One of the suite's.
         seed (`int`): Seed of data split, base model and training.
-        tasks (`tuple[str, ...]`): Names of transformations.
+        tasks (`tuple[str, ...]`): Names of its tasks.
         rank (`int`): LoRA rank of each task.
         settings (`dict`): Learning rate and options of the method.
         measured_on (`str`, defaults to `"test"`): The split that is measured.
     """
 
+    suite: str
     method: str
     seed: int
     tasks: tuple[str, ...]
@@ -48,9 +49,10 @@ class Run:
 _KEYS = {field.name for field in (*dataclasses.fields(Run), *dataclasses.fields(MethodResult))} | {"versions"}
 
 
-def tuned_run(method: str, seed: int, tasks: tuple[str, ...], rank: int, tuned: dict[str, dict]) -> Run:
+def tuned_run(suite: Suite, method: str, seed: int, tasks: tuple[str, ...], rank: int, tuned: dict[str, dict]) -> Run:
     """A run on the test split, with the settings that tuning gave a method."""
-    return Run(method, seed, tasks, rank, tuned.get(method) or TUNING.get(method, {}).get("tuned", {}))
+    settings = tuned.get(method) or suite.tuning.get(method, {}).get("tuned", {})
+    return Run(suite.name, method, seed, tasks, rank, settings)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ def run_all(
     Args:
         runs (iterable of [`Run`]): The runs.
         path (`Path`): The results file.
-        bases (`Path`): Folder for the pre-trained base models, one per seed.
+        bases (`Path`): Folder for what the runs of a seed share, pre-trained models.
         workers (`int`): Number of processes.
         done (`Callable`): Called for each run that is there.
 
@@ -115,8 +117,8 @@ def run_all(
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
             try:
-                seeds = sorted({run.seed for run in missing})
-                for _ in _finished({pool.submit(_pretrain, seed, bases): f"pre-training {seed}" for seed in seeds}):
+                shared = sorted({(run.suite, run.seed) for run in missing})
+                for _ in _finished({pool.submit(_prepare, *what, bases): f"pre-training {what}" for what in shared}):
                     pass
                 futures = {
                     pool.submit(_execute, run, bases): f"{run.method}, seed {run.seed}, {run.settings}"
@@ -166,36 +168,16 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _pretrain(seed: int, bases: Path) -> None:
-    path = _base_path(seed, bases)
-    if not path.is_file():
-        with steady_cpu():
-            model = pretrain(seed, load_digits(seed)["train"])
-        write(path, tensor_bytes(model.state_dict()))
-
-
-def _base_path(seed: int, bases: Path) -> Path:
-    return bases / f"seed-{seed}.safetensors"
+def _prepare(suite: str, seed: int, bases: Path) -> None:
+    with steady_cpu():
+        SUITES[suite].prepare(seed, bases)
 
 
 def _execute(run: Run, bases: Path) -> bytes:
     """The line of a run."""
+    suite = SUITES[run.suite]
     with steady_cpu():
-        model = new_model()
-        path = _base_path(run.seed, bases)
-        try:
-            model.load_state_dict(safetensors.torch.load_file(path))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it.") from error
-        result = run_method(
-            run.method,
-            model.eval().requires_grad_(False),
-            load_digits(run.seed),
-            run.seed,
-            settings=run.settings,
-            tasks=run.tasks,
-            rank=run.rank,
-            measured_on=run.measured_on,
-        )
+        problem = suite.problem(run.seed, bases, run.tasks, run.measured_on)
+        result = run_method(run.method, suite, problem, run.seed, settings=run.settings, rank=run.rank)
     line = run.describe() | as_json(result) | {"versions": package_versions()}
     return (json.dumps(line, allow_nan=False) + "\n").encode()

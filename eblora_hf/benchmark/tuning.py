@@ -1,4 +1,4 @@
-"""Tuning on validation: every method gets the same number of settings, stated in `tuning.json`."""
+"""Tuning on validation: every method gets the same number of settings, stated in `settings/`."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -7,30 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import TUNING
 from .runs import Run, run_all
+from .suite import Suite
 
 TUNING_SEEDS = (100, 101)
 
 
-def grid_of(method: str) -> list[dict[str, Any]]:
+def grid_of(suite: Suite, method: str) -> list[dict[str, Any]]:
     """All settings that a method is tried with: what is fixed, and the product of the values in its grid."""
-    fixed, grid = TUNING[method].get("fixed", {}), TUNING[method]["grid"]
+    fixed, grid = suite.tuning[method].get("fixed", {}), suite.tuning[method]["grid"]
     return [fixed | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def tuning_runs(methods: Sequence[str], tasks: tuple[str, ...], rank: int) -> list[Run]:
+def tuning_runs(suite: Suite, methods: Sequence[str], tasks: tuple[str, ...], rank: int) -> list[Run]:
     """The runs that tune some methods, on the validation split."""
     return [
-        Run(method, seed, tasks, rank, settings, measured_on="validation")
+        Run(suite.name, method, seed, tasks, rank, settings, measured_on="validation")
         for method in methods
-        if method in TUNING  # a frozen model has nothing to tune
-        for settings in grid_of(method)
+        if method in suite.tuning  # a frozen model has nothing to tune
+        for settings in grid_of(suite, method)
         for seed in TUNING_SEEDS
     ]
 
 
 def tune(
+    suite: Suite,
     methods: Sequence[str],
     tasks: tuple[str, ...],
     rank: int,
@@ -48,14 +49,14 @@ def tune(
     Returns:
         `dict[str, dict]`: Settings by method.
     """
-    results = run_all(tuning_runs(methods, tasks, rank), path, bases, workers, done)
+    results = run_all(tuning_runs(suite, methods, tasks, rank), path, bases, workers, done)
     best = {}
     for method in methods:
-        if method not in TUNING:
+        if method not in suite.tuning:
             continue
         scores = {
             index: np.mean([r["MFN"] for r in results if r["method"] == method and r["settings"] == settings])
-            for index, settings in enumerate(grid_of(method))
+            for index, settings in enumerate(grid_of(suite, method))
         }
-        best[method] = grid_of(method)[max(scores, key=lambda index: (scores[index], -index))]
+        best[method] = grid_of(suite, method)[max(scores, key=lambda index: (scores[index], -index))]
     return best

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from eblora_hf import ContinualEBLoRATrainer, __version__, load_sequence
 from eblora_hf.benchmark import digits, transformations
 from eblora_hf.benchmark.plots import plot_matrices
-from eblora_hf.benchmark.protocol import METHODS, TUNING, MethodResult, run_method
+from eblora_hf.benchmark.protocol import MethodResult, run_method
 from eblora_hf.benchmark.report import by_method, markdown, paired_rows, save_results
 from eblora_hf.benchmark.runs import Run, read_results, run_all
+from eblora_hf.benchmark.suites import SUITES
 from eblora_hf.benchmark.transformations import PROTOCOL_TASKS, TRANSFORMATIONS, transformation
 from eblora_hf.benchmark.tuning import grid_of, tune
 from eblora_hf.cli import app
@@ -25,6 +26,7 @@ from eblora_hf.published.files import tensor_bytes, write
 from ..support.tiny import lora, make_arguments
 
 ROOT = Path(__file__).parents[2]
+DIGITS = SUITES["digits"]
 runner = CliRunner()
 
 
@@ -106,7 +108,8 @@ def test_json_and_plot(tmp_path):
     assert content["seed"] == 3
     assert torch.__version__.startswith(content["versions"]["torch"])  # builds for CUDA add to it
     assert set(content["methods"]["eblora"]) == {
-        "MFN", "MAA", "BWT", "LA", "FWT", "base", "accuracy_matrix", "sigma_ratio",
+        "MFN", "MAA", "BWT", "LA", "FWT", "base", "accuracy_matrix", "sigma_ratio", "similarity", "room", "megabytes",
+        "seconds",
     }  # fmt: skip
     assert content["methods"]["lora"]["BWT"] is None
     matrices = {name: a_result().accuracy_matrix for name in ("lora", "ebo", "eblora", "osf", "olora")}
@@ -140,6 +143,9 @@ def test_command_line():
         (["--tasks", "rotate-60,blur"], "blur"),
         (["--tasks", "grid,grid"], "none of them twice"),
         (["--rank", "0"], "--rank"),
+        (["--suite", "words"], "There is no suite 'words'"),
+        (["--suite", "text", "--tasks", "grid"], "no task 'grid'"),
+        (["--suite", "text-grow", "--methods", "frozen"], "expected different names"),
     ],
 )
 def test_wrong_words_to_the_benchmark(tmp_path, arguments, words):
@@ -180,18 +186,23 @@ def test_demo_runs_on_a_shortened_protocol(tmp_path, monkeypatch):
 
 
 def a_line(method: str, seed: int, mfn: float, **changes) -> dict:
-    run = Run(method, seed, ("grid", "dots"), 4, {"learning_rate": 1e-3})
-    result = {"MFN": mfn, "MAA": 60.0, "BWT": None, "LA": 70.0, "FWT": 20.0, "base": 90.0}
+    run = Run("digits", method, seed, ("grid", "dots"), 4, {"learning_rate": 1e-3})
+    result = {"MFN": mfn, "MAA": 60.0, "BWT": None, "LA": 70.0, "FWT": 20.0, "base": 90.0, "similarity": None}
+    result |= {"room": 50.0, "megabytes": 1.5, "seconds": 10.0}
     matrix = [[50.0, 10.0], [40.0, 60.0]]
     return run.describe() | result | {"accuracy_matrix": matrix, "sigma_ratio": [1.0], "versions": {}} | changes
 
 
 def test_summary_is_mean_and_standard_deviation_and_paired_by_seed():
-    lines = [a_line("eblora", 0, 60.0), a_line("eblora", 1, 70.0), a_line("lora", 1, 52.0), a_line("lora", 0, 50.0)]
+    lines = [a_line("eblora", 0, 60.0), a_line("eblora", 1, 70.0)]
+    lines += [a_line("lora", seed, mfn, BWT=-10.0) for seed, mfn in ((1, 52.0), (0, 50.0))]
     assert paired_rows(lines, "eblora") == [["lora", "+14.0±5.7", "+10.0 … +18.0"]]
     text = markdown(lines, "eblora")
     assert "| eblora | 65.0±7.1 | 60.0±0.0 |  | 70.0±0.0 | 20.0±0.0 | 90.0±0.0 |" in text
     assert "| lora | learning_rate 0.001 |" in text
+    assert "| eblora | 50.0±0.0 | 1.5±0.0 | 10.0±0.0 |" in text
+    assert "similarity" not in text  # nobody has measured any
+    assert "| lora | 51.0±1.4 | 60.0±0.0 | -10.0±0.0 | 70.0±0.0 |" in text
     assert "| eblora | 60.0 |" in markdown(lines[:1], "eblora")
 
 
@@ -209,23 +220,25 @@ def test_a_half_written_line_is_taken_off_and_a_broken_one_is_named(tmp_path):
 
 def test_results_of_other_versions_are_not_taken(tmp_path, monkeypatch):
     """Nor is a damaged base model without a word."""
-    run = Run("frozen", 0, ("grid",), 4)
+    run = Run("digits", "frozen", 0, ("grid",), 4)
     bases = tmp_path / "base_models"
     write(bases / "seed-0.safetensors", tensor_bytes(digits.new_model().state_dict()))
     (first,) = run_all([run], tmp_path / "results.jsonl", bases, workers=1)
     old = first | {"versions": first["versions"] | {"torch": "1.0"}, "MFN": 0.0}
     (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
-    assert run_all([run], tmp_path / "results.jsonl", bases, workers=1) == [first]
+    (again,) = run_all([run], tmp_path / "results.jsonl", bases, workers=1)
+    assert again | {"seconds": 0} == first | {"seconds": 0}
     (bases / "seed-0.safetensors").write_bytes(b"damaged")
     with pytest.raises(RuntimeError, match=r"seed-0\.safetensors is damaged.*delete it"):
         run_all([run], tmp_path / "other.jsonl", bases, workers=1)
 
 
 def test_every_method_is_tuned_on_as_many_settings():
-    assert {len(grid_of(method)) for method in TUNING} == {8}
-    assert set(METHODS) == {"frozen", *TUNING}
-    for method, content in TUNING.items():
-        assert content["tuned"] in grid_of(method)
+    for suite in SUITES.values():
+        assert {len(grid_of(suite, method)) for method in suite.tuning} == {8}
+        assert set(suite.methods) - {"frozen"} == set(suite.tuning)
+        for method, content in suite.tuning.items():
+            assert content["tuned"] in grid_of(suite, method)
 
 
 def test_tuning_takes_the_best_mean_on_validation(tmp_path, monkeypatch):
@@ -239,7 +252,7 @@ def test_tuning_takes_the_best_mean_on_validation(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr("eblora_hf.benchmark.tuning.run_all", fake)
-    best = tune(["frozen", "lora"], ("grid",), 4, tmp_path, tmp_path, 1)
+    best = tune(DIGITS, ["frozen", "lora"], ("grid",), 4, tmp_path, tmp_path, 1)
     assert best == {"lora": {"learning_rate": 2e-3}}
     assert {run.measured_on for run in seen} == {"validation"}
     assert {run.seed for run in seen} == {100, 101}
@@ -254,7 +267,7 @@ def test_the_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(row in readme for row in summary.split("| method | settings |")[0].splitlines() if row)
     of = {method: {run["seed"]: run for run in runs} for method, runs in by_method(lines).items()}
-    assert {method: set(runs) for method, runs in of.items()} == {method: {0, 1, 2, 3, 4} for method in METHODS}
+    assert {method: set(runs) for method, runs in of.items()} == {method: {0, 1, 2, 3, 4} for method in DIGITS.methods}
     mean = {method: np.mean([run["MFN"] for run in runs.values()]) for method, runs in of.items()}
     assert all(of["eblora"][seed]["MFN"] - of["lora"][seed]["MFN"] >= 8 for seed in range(5))
     assert mean["eblora"] - mean["lora"] >= 12
@@ -305,6 +318,8 @@ def test_the_benchmark_runs_in_processes_and_resumes(tmp_path):
     assert second.exit_code == 0, second.output
     again = [json.loads(line) for line in path.read_text().splitlines()]
     key = lambda line: (line["method"], line["seed"])  # noqa: E731
+    for line in again + content:
+        assert line.pop("seconds") > 0
     assert sorted(again, key=key) == sorted(content, key=key)
     for name in ("summary.md", "matrices.png", "mfn.png", "first_task.png", "spectra.png"):
         assert (tmp_path / name).stat().st_size > 0
@@ -315,7 +330,7 @@ def test_a_failing_run_is_named_and_the_finished_ones_are_kept(tmp_path, monkeyp
     bases = tmp_path / "base_models"
     model = digits.new_model()
     write(bases / "seed-0.safetensors", tensor_bytes(model.state_dict()))
-    runs = [Run("frozen", 0, ("grid",), 4), Run("lora", 0, ("grid",), 4, {"learning_rate": -1.0})]
+    runs = [Run("digits", "frozen", 0, ("grid",), 4), Run("digits", "lora", 0, ("grid",), 4, {"learning_rate": -1.0})]
     with pytest.raises(RuntimeError, match=r"The run «lora, seed 0, \{'learning_rate': -1\.0\}» failed"):
         run_all(runs, tmp_path / "results.jsonl", bases, workers=1)
     assert [line["method"] for line in read_results(tmp_path / "results.jsonl")] == ["frozen"]
@@ -327,16 +342,17 @@ def test_methods_reach_what_they_should():
     with digits.steady_cpu():
         splits = digits.load_digits(0)
         base = digits.pretrain(0, splits["train"])
-        lora = run_method("lora", base, splits, 0)
-        eblora = run_method("eblora", base, splits, 0)
+        problem = digits.digits_problem(base, splits, PROTOCOL_TASKS)
+        lora = run_method("lora", DIGITS, problem, 0)
+        eblora = run_method("eblora", DIGITS, problem, 0)
         assert eblora.MFN - lora.MFN >= 12
         assert eblora.BWT >= -20
         assert lora.sigma_ratio[1] <= 0.6
         assert eblora.sigma_ratio[-1] >= 0.999
         for learning_rate in (2e-4, 5e-3):
-            untuned = run_method("eblora", base, splits, 0, settings={"learning_rate": learning_rate})
+            untuned = run_method("eblora", DIGITS, problem, 0, settings={"learning_rate": learning_rate})
             assert untuned.MFN >= eblora.MFN - 4
-        again = run_method("eblora", base, splits, 0)
+        again = run_method("eblora", DIGITS, problem, 0)
         assert again == eblora  # the same numbers every time
 
 
