@@ -71,6 +71,8 @@ class EBLoRAConfig:
         heads (`str`, defaults to `"shared"`): The `modules_to_save` that hold a model's labels. `"shared"`: one head,
             trained on from task to task. `"per-task"`: every task gets a fresh one for its own labels. `"grow"`: one
             over the labels of all tasks so far; rows of earlier labels stay as they were learnt.
+        head_learning_rate (`float`, *optional*): Learning rate of all `modules_to_save`, heads and projectors, instead
+            of that of the arguments, which then is for LoRA alone; on the same schedule.
         replay_fraction (`float`, defaults to 0.0): Share of each task's rows that is kept in `output_dir`, and never
             pushed, to be mixed into the batches of later tasks. Not with heads of the tasks' own.
         replay_batch (`int`, defaults to 8): How many of those rows are added to every batch.
@@ -154,6 +156,9 @@ class EBLoRAConfig:
     heads: Literal["shared", "per-task", "grow"] = dataclasses.field(
         default="shared", metadata={"help": "One head for all tasks, one for each, or one that grows with the labels."}
     )
+    head_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "Learning rate of modules_to_save; by default that of the arguments."}
+    )
     replay_fraction: float = dataclasses.field(
         default=0.0, metadata={"help": "Share of a task's rows that is kept for batches of later tasks."}
     )
@@ -217,10 +222,10 @@ class EBLoRAConfig:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a number of at least 0.")
         if self.basis_budget is not None and not 0.0 < self.basis_budget < math.inf:
             raise ValueError(f"EBLoRAConfig(basis_budget={self.basis_budget!r}): expected a positive number, or None.")
-        if not 0.0 < self.anchor_temperature < math.inf:
-            raise ValueError(
-                f"EBLoRAConfig(anchor_temperature={self.anchor_temperature!r}): expected a positive number."
-            )
+        for name in ("anchor_temperature", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a positive number.")
         if self.method == "olora" and self.earlier_tasks_error:
             raise ValueError(
                 f"EBLoRAConfig(earlier_tasks_error={self.earlier_tasks_error!r}): O-LoRA's penalty is on the earlier "

@@ -23,6 +23,12 @@ def wrapped_heads(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
     return {name: module for name, module in named if isinstance(module, ModulesToSaveWrapper)}
 
 
+def trained_heads(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of heads that are trained, by name."""
+    named = model.named_parameters()
+    return {name: weight for name, weight in named if ".modules_to_save." in name and weight.requires_grad}
+
+
 def label_layer(base_model: nn.Module, heads: Sequence[str]) -> str | None:
     """
     Name of the linear layer among the heads that has an output for each label, `None` if there is none.

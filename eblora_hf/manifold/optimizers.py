@@ -1,5 +1,7 @@
 """Which torch optimizers a constraint can serve, and how their steps are to be read."""
 
+from collections.abc import Iterable
+
 import torch
 
 # Their updates are normalised element by element: divided by the learning rate, they have entries of order one
@@ -44,6 +46,25 @@ def plain_optimizer(optimizer) -> torch.optim.Optimizer:
             "with `scale_parameter=False, relative_step=False`, which is TrainingArguments(optim='adafactor')."
         )
     return optimizer
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], learning_rate: float
+) -> None:
+    """
+    Gives some parameters of a fresh optimizer a learning rate of their own, in groups beside those they were in.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Before its first step and before it has a scheduler.
+        parameters (iterable of `torch.nn.Parameter`): Those among its own.
+        learning_rate (`float`): Their learning rate.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 def check_optimizer(subject: str, name: str) -> None:

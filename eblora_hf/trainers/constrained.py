@@ -10,9 +10,10 @@ from transformers.utils import logging
 
 from ..adapters.composition import EARLIER_TASKS, activate, adapter_state
 from ..adapters.factors import load_state, save_state
+from ..adapters.heads import trained_heads
 from ..adapters.sharding import whole
 from ..adapters.switches import acts, is_switched_by_us, switch_back
-from ..manifold.optimizers import plain_optimizer
+from ..manifold.optimizers import plain_optimizer, set_learning_rate
 from ..published.checks import check_finite
 from .anchoring import AnchoringMixin
 from .checkpoints import check_checkpoint, is_trained, last_complete_checkpoint, write_method, write_trained
@@ -66,14 +67,25 @@ class ConstrainedMixin(AnchoringMixin, ShardedMixin):
                     f"trainer does not know the parameters that the method {self.eblora_config.method!r} trains: pass "
                     "`optimizer_cls_and_kwargs` instead of `optimizers`."
                 )
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and ".modules_to_save." in name and id(parameter) not in held:
+        for name, parameter in trained_heads(self.model).items():
+            if id(parameter) not in held:
                 raise ValueError(
                     f"The optimizer does not hold {name}, so it would not train: a task's head is made when the task "
                     "begins. Pass `optimizer_cls_and_kwargs` instead of `optimizers`."
                 )
         self.heads.hold(optimizer)
+        if self.eblora_config.head_learning_rate is not None:
+            self._set_head_rate(optimizer, self.eblora_config.head_learning_rate)
         return optimizer
+
+    def _set_head_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        heads = trained_heads(self.model)
+        if not heads:
+            raise ValueError(
+                f"EBLoRAConfig(head_learning_rate={learning_rate!r}): the model has no trained head. Leave it out, or "
+                "name a head in LoraConfig(modules_to_save=[…])."
+            )
+        set_learning_rate(optimizer, heads.values(), learning_rate)
 
     def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """
