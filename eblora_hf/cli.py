@@ -85,7 +85,7 @@ def benchmark(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results, tables and plots.")] = Path("eblora-benchmark"),
     tune: Annotated[
-        bool, typer.Option("--tune", help="Tune every method on the validation split of seeds 100 and 101 first.")
+        bool, typer.Option("--tune", help="Tune every method on the validation split of other seeds first.")
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Parallel processes; by default one per core.")] = (
         os.cpu_count() or 1

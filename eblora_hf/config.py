@@ -81,7 +81,7 @@ class EBLoRAConfig:
             kept on either side, beside the basis. It takes bases of token gradients. 0 for none, as published.
         anchor_weight (`float`, defaults to 1.0): Weight w of the loss of an `anchor`: w T² KL(before ‖ now) for the
             model before the task, and as much for the pre-trained one unless the anchor is `"random"`. Where the head
-            is drawn at random or each task has its own, what is held is the input of the head, by 0.03 of its squared
+            is drawn at random or each task has its own, what is held is the input of the head, by 0.3 of its squared
             error over its variance. It is no part of the logged loss, but logged as `anchor_loss`.
         anchor_temperature (`float`, defaults to 2.0): Temperature T of both answers.
         anchor_samples (`int`, defaults to 8): Rows of the anchor in each step of the optimizer on each process.

@@ -169,7 +169,7 @@ def digits_problem(
 class DigitsSuite(Suite):
     """Every task is a transformation of the images; all have the one head of the pre-training, which is frozen."""
 
-    settings_of, rank, batch_size = "digits", 4, 32
+    settings_of, tuning_seeds, rank, batch_size = "digits", (100, 101), 4, 32
 
     def check_task(self, name: str) -> None:
         transformation(name)

@@ -137,7 +137,7 @@ class HeldOut:
 class TextSuite(Suite):
     """Every task asks which of a few modules of the standard library a docstring is from."""
 
-    settings_of, rank, batch_size = "text", 8, 16
+    settings_of, tuning_seeds, rank, batch_size = "text", (100,), 8, 16  # a run takes minutes
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -50,11 +50,13 @@ class Suite(ABC):
     Attributes:
         tuning (`dict[str, dict]`): By method the grid it is tuned on, as many settings for each, and what that gave; a
             variant names its `method`.
+        tuning_seeds (`tuple[int]`): On whose validation splits.
         rank (`int`): LoRA rank of each task.
         batch_size (`int`): Rows a step.
     """
 
     settings_of: str  # whose settings the methods have: `settings/<name>.json`
+    tuning_seeds: tuple[int, ...]
     rank: int
     batch_size: int
 

@@ -10,8 +10,6 @@ import numpy as np
 from .runs import Run, run_all
 from .suite import Suite
 
-TUNING_SEEDS = (100, 101)
-
 
 def grid_of(suite: Suite, method: str) -> list[dict[str, Any]]:
     """All settings that a method is tried with: what is fixed, and the product of the values in its grid."""
@@ -26,7 +24,7 @@ def tuning_runs(suite: Suite, methods: Sequence[str], tasks: tuple[str, ...], ra
         for method in methods
         if method in suite.tuning  # a frozen model has nothing to tune
         for settings in grid_of(suite, method)
-        for seed in TUNING_SEEDS
+        for seed in suite.tuning_seeds
     ]
 
 
@@ -41,8 +39,8 @@ def tune(
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """
-    Finds for each method the settings of its grid with the highest mean MFN on the validation split of the tuning
-    seeds; the first of equals.
+    Finds for each method the settings of its grid with the highest mean MFN on the validation splits of the
+    tuning seeds; the first of equals.
 
     Takes the arguments of [`run_all`] for the runs of [`tuning_runs`].
 

@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 _MOST_ROWS = 1024  # of a data set, evenly spaced; a few dozen do
 _RANDOM_ROWS = 256
 # a head's inputs have to move for a new task: held by their whole variance, a text encoder hardly learnt anything
-_SHARE_OF_FEATURES = 0.03
+_SHARE_OF_FEATURES = 0.3
 
 
 @dataclasses.dataclass
