@@ -131,15 +131,18 @@ def run_method(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the context transformers says no more than errors, and nothing of what peft still asks it for."""
-    verbosity = logging.get_verbosity()
+    """Within the context transformers shows no bars and says no more than errors, nothing of what peft asks it for."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def training_arguments(folder: str, seed: int, batch_size: int = 32) -> TrainingArguments:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .digits import steady_cpu
-from .protocol import MethodResult, run_method
+from .protocol import MethodResult, quiet, run_method
 from .report import as_json, package_versions
 from .suite import Suite
 from .suites import SUITES
@@ -176,7 +176,7 @@ def _prepare(suite: str, seed: int, bases: Path) -> None:
 def _execute(run: Run, bases: Path) -> bytes:
     """The line of a run."""
     suite = SUITES[run.suite]
-    with steady_cpu():
+    with steady_cpu(), quiet():
         problem = suite.problem(run.seed, bases, run.tasks, run.measured_on)
         result = run_method(run.method, suite, problem, run.seed, settings=run.settings, rank=run.rank)
     line = run.describe() | as_json(result) | {"versions": package_versions()}

@@ -205,7 +205,7 @@ def test_where_heads_are_the_tasks_own_their_inputs_are_held(tmp_path, heads):
             args=make_arguments(tmp_path / str(anchor is None), max_steps=20),
             peft_config=lora(),
             train_dataset=sets,
-            eblora_config=EBLoRAConfig(heads=heads, direction_lr=0.3, scale_lr=0.05, anchor_weight=33.0),
+            eblora_config=EBLoRAConfig(heads=heads, direction_lr=0.3, scale_lr=0.05, anchor_weight=3.3),
             anchor=anchor,
         )
         trainer.train()
