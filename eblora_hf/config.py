@@ -17,7 +17,7 @@ class EBLoRAConfig:
 
     Args:
         method (`str`, defaults to `"eblora"`): `"eblora"`, `"ebo"` (no gradient subspace), `"lora"` (sequential
-            LoRA), `"olora"`, `"keeplora"`, `"inflora"` or `"osf"`; see `eblora_hf.methods`.
+            LoRA), `"olora"`, `"ella"`, `"keeplora"`, `"inflora"` or `"osf"`; see `eblora_hf.methods`.
         direction_lr (`float` or `"auto"`, defaults to `"auto"`): Step of U and V per optimizer step, without
             dimension: under an optimizer whose updates are normalised (the Adam family, Lion, Muon…) the increment is
             `direction_lr`/√d times the update in units of its usual entry, so `learning_rate` has no influence on it
@@ -36,6 +36,7 @@ class EBLoRAConfig:
         weight_energy (`float`, defaults to 0.6): Share of the energy ‖W‖² of each weight whose directions are
             protected from the start by KeepLoRA (0 for none), and before every task by OSF.
         orthogonality_weight (`float`, defaults to 0.5): λ of O-LoRA's penalty.
+        overlap_weight (`float`, defaults to 1e4): λ of ELLA's penalty.
         stored_energy (`float`, defaults to 0.999): Share of the energy ‖ΔW‖² of OSF's full-rank updates that their
             adapters hold.
         max_basis_fraction (`float`, defaults to 1.0): Cap on the columns of a basis, as a share of d_in. Whatever it
@@ -97,7 +98,7 @@ class EBLoRAConfig:
         step_constant (`float`, defaults to 4096.0): Constant of the released scalings.
     """
 
-    method: Literal["eblora", "ebo", "lora", "olora", "keeplora", "inflora", "osf"] = dataclasses.field(
+    method: Literal["eblora", "ebo", "lora", "olora", "ella", "keeplora", "inflora", "osf"] = dataclasses.field(
         default="eblora", metadata={"help": "Continual-learning method."}
     )
     direction_lr: Rate = dataclasses.field(
@@ -117,6 +118,7 @@ class EBLoRAConfig:
         default=0.6, metadata={"help": "Share of each weight's energy that is protected (keeplora, osf)."}
     )
     orthogonality_weight: float = dataclasses.field(default=0.5, metadata={"help": "λ of the penalty (olora)."})
+    overlap_weight: float = dataclasses.field(default=1e4, metadata={"help": "λ of the penalty (ella)."})
     stored_energy: float = dataclasses.field(
         default=0.999, metadata={"help": "Share of an update's energy that its adapter holds (osf)."}
     )
@@ -211,6 +213,7 @@ class EBLoRAConfig:
                 raise ValueError(f"EBLoRAConfig({name}={getattr(self, name)!r}): expected a share in [0, 1).")
         for name in (
             "orthogonality_weight",
+            "overlap_weight",
             "scale_weight_decay",
             "init_scale_alpha",
             "init_scale_beta",
@@ -226,10 +229,10 @@ class EBLoRAConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"EBLoRAConfig({name}={value!r}): expected a positive number.")
-        if self.method == "olora" and self.earlier_tasks_error:
+        if self.method in ("olora", "ella") and self.earlier_tasks_error:
             raise ValueError(
-                f"EBLoRAConfig(earlier_tasks_error={self.earlier_tasks_error!r}): O-LoRA's penalty is on the earlier "
-                "adapters as they are."
+                f"EBLoRAConfig(method={self.method!r}, earlier_tasks_error={self.earlier_tasks_error!r}): its penalty "
+                "is on the earlier adapters as they are."
             )
         if self.method == "inflora" and self.basis_from not in (None, "features"):
             raise ValueError(f"EBLoRAConfig(basis_from={self.basis_from!r}): InfLoRA's basis is one of features.")

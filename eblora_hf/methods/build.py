@@ -4,6 +4,7 @@ from ..config import EBLoRAConfig
 from .base import Method
 from .eblora import EBLoRA
 from .ebo import EBO
+from .ella import ELLA
 from .inflora import InfLoRA
 from .keeplora import KeepLoRA
 from .lora import SequentialLoRA
@@ -16,6 +17,7 @@ def build_method(config: EBLoRAConfig) -> Method:
     methods = {
         "eblora": EBLoRA,
         "ebo": EBO,
+        "ella": ELLA,
         "inflora": InfLoRA,
         "keeplora": KeepLoRA,
         "lora": SequentialLoRA,

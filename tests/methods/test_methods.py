@@ -98,8 +98,8 @@ def test_the_methods_answers_fit_together(method):
     """What a method says it needs, it uses: no snapshot is taken for nothing."""
     answers = build_method(EBLoRAConfig(method=method))
     assert answers.constrained == (type(answers).constrain is not Method.constrain)
-    assert (answers.remembers is None) == (method in ("ebo", "lora", "olora", "osf"))
-    assert (answers.starts_from is None) == (method in ("lora", "olora", "osf"))
+    assert (answers.remembers is None) == (method in ("ebo", "lora", "olora", "ella", "osf"))
+    assert (answers.starts_from is None) == (method in ("lora", "olora", "ella", "osf"))
     assert answers.orthonormal == (method in ("ebo", "eblora"))
 
 
