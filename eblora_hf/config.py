@@ -82,8 +82,9 @@ class EBLoRAConfig:
             kept on either side, beside the basis. It takes bases of token gradients. 0 for none, as published.
         anchor_weight (`float`, defaults to 1.0): Weight w of the loss of an `anchor`: w T² KL(before ‖ now) for the
             model before the task, and as much for the pre-trained one unless the anchor is `"random"`. Where the head
-            is drawn at random or each task has its own, what is held is the input of the head, by 0.3 of its squared
-            error over its variance. It is no part of the logged loss, but logged as `anchor_loss`.
+            is drawn at random or each task has its own, what is held are the last hidden states of the pre-trained
+            part, by their squared error over their variance. It is no part of the logged loss, but logged as
+            `anchor_loss`.
         anchor_temperature (`float`, defaults to 2.0): Temperature T of both answers.
         anchor_samples (`int`, defaults to 8): Rows of the anchor in each step of the optimizer on each process.
         init_scale_alpha (`float`, defaults to 0.002): |s| of the first transformer block at the start of a task.

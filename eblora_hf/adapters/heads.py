@@ -66,6 +66,29 @@ def find_heads(base_model: nn.Module) -> list[str]:
     ]
 
 
+def pretrained_part(base_model: nn.Module, heads: Sequence[str]) -> nn.Module | None:
+    """
+    What of a model comes below its heads: its `base_model_prefix`, or else its only other child with parameters.
+
+    Args:
+        base_model (`nn.Module`): The model, with or without PEFT's wrappers.
+        heads (`list[str]`): The `modules_to_save`.
+
+    Returns:
+        `nn.Module`; `None` where that does not tell.
+    """
+    named = getattr(base_model, getattr(base_model, "base_model_prefix", ""), None)
+    if isinstance(named, nn.Module):
+        return named
+    tops = {head.partition(".")[0] for head in heads}
+    others = [
+        child
+        for name, child in base_model.named_children()
+        if name not in tops and next(child.parameters(), None) is not None
+    ]
+    return others[0] if len(others) == 1 else None
+
+
 def has_fresh_head(base_model: nn.Module) -> bool:
     """Whether a model was loaded from the checkpoint of another class, so that its head was drawn at random."""
     trained_as = getattr(getattr(base_model, "config", None), "architectures", None) or []

@@ -59,7 +59,7 @@ class Distribution:
 @dataclasses.dataclass(frozen=True)
 class Features:
     """
-    What a model has given to a head that answers by labels of its own.
+    What the pre-trained part of a model has given to heads that answer by labels of their own.
 
     Args:
         positions (`torch.Tensor`): `(n,)`, as in [`Distribution`].

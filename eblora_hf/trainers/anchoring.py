@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from ..adapters.heads import has_fresh_head, label_layer, wrapped_heads
+from ..adapters.heads import has_fresh_head, pretrained_part
 from ..adapters.switches import before_task
 from ..memory.anchor import Answers, Distribution, Features, positions_of, share_variance
 from ..memory.noise import random_inputs
@@ -26,8 +26,6 @@ logger = logging.get_logger(__name__)
 
 _MOST_ROWS = 1024  # of a data set, evenly spaced; a few dozen do
 _RANDOM_ROWS = 256
-# a head's inputs have to move for a new task: held by their whole variance, a text encoder hardly learnt anything
-_SHARE_OF_FEATURES = 0.3
 
 
 @dataclasses.dataclass
@@ -71,7 +69,7 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
     anchor: Any = None
     _anchor_steps: list[list[_Part]]  # the rows of one step after another, and then from the first again
     _anchor_rows: AnchorRows | None = None  # what the record of a task says of the anchor
-    _head: torch.nn.Module | None = None  # whose inputs are held, if its answers mean nothing
+    _trunk: torch.nn.Module | None = None  # whose outputs are held, if the model's answers mean nothing
     _loss_of_anchor: torch.Tensor | None = None  # summed up since the last entry of the log
     _pulls = 0  # since then
 
@@ -94,10 +92,11 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
                 f"`anchor` holds the shares of classes that exclude each other, but the model has num_labels={labels} "
                 f"and problem_type={problem!r}. Leave out `anchor`."
             )
-        if self._holds_features and self._label_head() is None:
+        if self._holds_features and self._pretrained_part() is None:
+            kind = type(self.model.get_base_model()).__name__
             raise ValueError(
-                "`anchor` holds what the model gives to the head of the tasks, but none of its modules_to_save "
-                f"({', '.join(self.heads.declared) or 'none'}) has an output for each label. Leave out `anchor`."
+                "`anchor` holds what the pre-trained part of the model gives to the heads of the tasks, but which part "
+                f"of {kind} that is, its `base_model_prefix` does not tell. Leave out `anchor`."
             )
         if self.is_fsdp_enabled and self.heads.declared:
             raise ValueError(
@@ -117,20 +116,15 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         """Whether there are no answers of before to hold to: the head was drawn at random, or is each task's own."""
         return self.heads.own or has_fresh_head(self.model.get_base_model())
 
-    def _label_head(self) -> torch.nn.Module | None:
-        """The module with the label layer."""
-        layer = label_layer(self.model.get_base_model(), self.heads.declared)
-        for name, wrapper in wrapped_heads(self.model).items():
-            if layer is not None and f"{layer}.".startswith(f"{name}."):
-                return wrapper
-        return None
+    def _pretrained_part(self) -> torch.nn.Module | None:
+        return pretrained_part(self.model.get_base_model(), self.heads.declared)
 
     # ---- before a task ----
 
     def begin_anchor(self, task: Task, seed: int) -> None:
         """Has the model before the task, and once in a run the pre-trained one, answer to the rows of the anchor."""
         self._loss_of_anchor, self._pulls = None, 0
-        self._head = self._label_head() if self._holds_features else None
+        self._trunk = self._pretrained_part() if self._holds_features else None
         is_first = self._anchor_rows is None
         if not self.anchored:
             self._anchor_rows = AnchorRows()
@@ -207,7 +201,7 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         taken = inspect.signature(base_model.forward).parameters.keys() - {*self.label_names, "labels"}
         inputs = {name: value for name, value in collated.items() if name in taken}
         mask = inputs.get("attention_mask")
-        if isinstance(labels, torch.Tensor) and labels.is_floating_point() and self._head is None:
+        if isinstance(labels, torch.Tensor) and labels.is_floating_point() and self._trunk is None:
             raise ValueError(
                 "`anchor` holds the shares of classes that exclude each other, but the labels of its rows are no "
                 f"classes ({labels.dtype}). Leave out `anchor`."
@@ -250,21 +244,21 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
             raise ValueError(
                 "`anchor` has rows without a token that counts: there is nothing to hold. Leave them out."
             )
-        if self._head is not None:
+        if self._trunk is not None:
             return Features.of(outputs, part.mask)
         return Distribution.of(outputs, part.mask, self.eblora_config.anchor_temperature)
 
     def _held_outputs(self, model: torch.nn.Module, part: _Part) -> torch.Tensor:
-        """What is held of the model's outputs: logits, or what its head is given."""
+        """What is held of the model's outputs: logits, or the last hidden states of its pre-trained part."""
         inputs = self._prepare_inputs(dict(part.inputs))
-        if self._head is not None:
-            given: list[torch.Tensor] = []
-            hook = self._head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        if self._trunk is not None:
+            given: list[Any] = []
+            hook = self._trunk.register_forward_hook(lambda _, args, outputs: given.append(outputs))
             try:
                 model(**inputs)
             finally:
                 hook.remove()
-            return given[-1]
+            return given[-1] if isinstance(given[-1], torch.Tensor) else given[-1][0]
         outputs = model(**inputs)
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, torch.Tensor):
@@ -309,8 +303,11 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         with self.compute_loss_context_manager():
             outputs = self._held_outputs(model, part)
         held = [answers for answers in (part.pretrained, part.before_task) if answers is not None]
-        weight = self.eblora_config.anchor_weight * (1.0 if self._head is None else _SHARE_OF_FEATURES)
-        loss = weight * part.share * torch.stack([answers.distance(outputs) for answers in held]).sum()
+        loss = (
+            self.eblora_config.anchor_weight
+            * part.share
+            * torch.stack([answers.distance(outputs) for answers in held]).sum()
+        )
         self.accelerator.backward(loss)
         # on the device: asking for it would wait for it
         self._loss_of_anchor = loss.detach() + (0.0 if self._loss_of_anchor is None else self._loss_of_anchor)
