@@ -95,8 +95,8 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         if self._holds_features and self._pretrained_part() is None:
             kind = type(self.model.get_base_model()).__name__
             raise ValueError(
-                "`anchor` holds what the pre-trained part of the model gives to the heads of the tasks, but which part "
-                f"of {kind} that is, its `base_model_prefix` does not tell. Leave out `anchor`."
+                "`anchor` holds what the pre-trained part of the model gives to the heads of the tasks, but which of "
+                f"its parts that is, the `base_model_prefix` of {kind} does not tell. Leave out `anchor`."
             )
         if self.is_fsdp_enabled and self.heads.declared:
             raise ValueError(
