@@ -39,7 +39,9 @@ def make(name):
 def test_the_pre_trained_part(kind, heads, part):
     model = make(kind)
     assert pretrained_part(model, heads) is getattr(model, part)
-    wrapped = get_peft_model(model, lora(modules_to_save=heads, exclude_modules=[*heads, "pre_classifier"], r=2)).get_base_model()
+    wrapped = get_peft_model(
+        model, lora(modules_to_save=heads, exclude_modules=[*heads, "pre_classifier"], r=2)
+    ).get_base_model()
     assert pretrained_part(wrapped, heads) is getattr(wrapped, part)
 
 
