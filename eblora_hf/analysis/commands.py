@@ -167,6 +167,12 @@ def merging(
                 for (count, variant), row in table.items()
             ],
         )
+        gains = experiment.gains(merges)
+        _print_table(
+            "Gain over raw adapters in points, paired by seed, with its 95 % interval",
+            ("adapters", "variant", "weight 1", "weight tuned"),
+            [(str(count), name, str(row["nai"]), str(row["tuned_nai"])) for (count, name), row in gains.items()],
+        )
         content = {
             "versions": package_versions(),
             "seeds": chosen_seeds,
@@ -174,6 +180,10 @@ def merging(
             "over_seeds": [
                 {"count": count, "variant": variant, **{name: vars(value) for name, value in row.items()}}
                 for (count, variant), row in table.items()
+            ],
+            "gains": [
+                {"count": count, "variant": variant, **{name: vars(value) for name, value in row.items()}}
+                for (count, variant), row in gains.items()
             ],
         }
         _write_json(output / "merging.json", content)

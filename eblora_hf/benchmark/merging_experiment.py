@@ -107,6 +107,48 @@ def _over_seeds(values: list[float]) -> MeanAndDeviation:
     return MeanAndDeviation(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
+@dataclass(frozen=True)
+class Gain:
+    """
+    What a variant gains over raw adapters, seed by seed, in points.
+
+    Args:
+        mean (`float`): Over the seeds.
+        low, high (`float`, *optional*): The 95 % confidence interval of the mean, by Student's t; `None` for one seed.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f}" if self.low is None else f"{self.mean:+.1f} ({self.low:+.1f} … {self.high:+.1f})"
+
+
+def gains(merges: list[Merge]) -> dict[tuple[int, str], dict[str, Gain]]:
+    """[`Gain`] of `nai` and `tuned_nai` by count and variant other than raw."""
+    of = {(merge.seed, merge.count, merge.variant): merge for merge in merges}
+    seeds = list(dict.fromkeys(merge.seed for merge in merges))
+    return {
+        (count, variant): {
+            field: _gain([getattr(of[s, count, variant], field) - getattr(of[s, count, "raw"], field) for s in seeds])
+            for field in ("nai", "tuned_nai")
+        }
+        for count, variant in dict.fromkeys((merge.count, merge.variant) for merge in merges)
+        if variant != "raw"
+    }
+
+
+def _gain(differences: list[float]) -> Gain:
+    from scipy.stats import t
+
+    mean, count = statistics.mean(differences), len(differences)
+    if count == 1:
+        return Gain(mean, None, None)
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+    return Gain(mean, mean - half, mean + half)
+
+
 class NormalisedAccuracy:
     """
     The normalised accuracy index on one split.

@@ -410,6 +410,8 @@ def test_merging_runs_on_a_shortened_protocol(tmp_path, monkeypatch):
     assert value.mean == pytest.approx(sum(pair) / 2)
     assert value.deviation == pytest.approx(abs(pair[0] - pair[1]) / 2**0.5)
     assert str(value) in printed
+    gain = merging_experiment.gains(merges)[2, "equal sum"]["nai"]
+    assert vars(gain) in [row["nai"] for row in content["gains"] if row["count"] == 2]
     assert (tmp_path / "merging.png").read_bytes().startswith(b"\x89PNG")
     for option, text in (("--seeds", "0,x"), ("--seeds", "1,1"), ("--counts", "0"), ("--counts", "7")):
         assert f"{option} {text!r}: expected different numbers" in failure("merging", option, text)
@@ -449,24 +451,34 @@ def test_the_index_measures_the_model_that_peft_loads():
         assert index(raw, 0.4, 2) == pytest.approx(100 * sum(ratios) / 2, abs=1)  # an image or two on the edge
 
 
+def test_a_gain_is_paired_and_has_an_interval():
+    """By hand: differences 1, 2 and 6 have the mean 3, the deviation √7, and 4.303 of Student's t for two degrees."""
+    merges = []
+    for seed, gain in enumerate((1.0, 2.0, 6.0)):
+        raw = 50.0 + 10.0 * seed
+        merges.append(merging_experiment.Merge(seed, 2, "raw", raw, 1.0, raw))
+        merges.append(merging_experiment.Merge(seed, 2, "equal sum", raw + gain, 1.0, raw - gain))
+    row = merging_experiment.gains(merges)[2, "equal sum"]
+    half = 4.3027 * 7**0.5 / 3**0.5
+    assert (row["nai"].mean, row["tuned_nai"].mean) == (3.0, -3.0)
+    assert row["nai"].low == pytest.approx(3.0 - half, abs=1e-3)
+    assert row["tuned_nai"].high == pytest.approx(-3.0 + half, abs=1e-3)
+    assert str(row["nai"]) == "+3.0 (-3.6 … +9.6)"
+    assert str(merging_experiment.gains(merges[:2])[2, "equal sum"]["nai"]) == "+1.0"
+
+
 @pytest.mark.slow
-def test_smoothing_helps_to_merge():
+def test_smoothing_helps_to_merge_six_adapters():
     """
-    What the paper claims, at weight 1: equal singular values raise the index. With the weight tuned, little is left.
+    At weight 1, where six adapters disturb each other most. For fewer, and with the weight tuned, three seeds do not
+    tell: README has ten, with their intervals.
     """
-    seeds, counts = (0, 1, 2), [2, 3, 6]
+    seeds, counts = (0, 1, 2), [6]
     merges = [merge for seed in seeds for merge in merging_experiment.run_seed(seed, counts)]
     check_measures(merges, seeds, counts)
-    found = {(m.seed, m.count, m.variant): m for m in merges}
-    for count in counts:
-        for variant in ("equal sum", "equal Frobenius"):
-            gains = [found[s, count, variant].nai - found[s, count, "raw"].nai for s in seeds]
-            assert sum(gains) / len(gains) > 0
-            assert count == 2 or min(gains) > 0
-            tuned = [found[s, count, variant].tuned_nai - found[s, count, "raw"].tuned_nai for s in seeds]
-            assert sum(tuned) < sum(gains)
-    table = merging_experiment.over_seeds(merges)
-    assert table[6, "equal sum"]["nai"].mean - table[6, "raw"]["nai"].mean > 8
+    gains = merging_experiment.gains(merges)
+    assert gains[6, "equal sum"]["nai"].mean > 3
+    assert gains[6, "equal sum"]["tuned_nai"].mean < gains[6, "equal sum"]["nai"].mean
 
 
 # ---- interference ----
