@@ -168,7 +168,13 @@ def test_more_is_left_of_what_the_model_said(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("anchor", "task", "step"), [("rows", "one", 3), ("rows", "two", 1), ("rows", "two", 5), ("random", "two", 3)]
+    ("anchor", "task", "step"),
+    [
+        ("rows", "two", 5),
+        ("random", "two", 3),
+        pytest.param("rows", "one", 3, marks=pytest.mark.slow),
+        pytest.param("rows", "two", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_resumed_goes_on_with_the_same(tmp_path, anchor, task, step):
     def make(name, **more):
