@@ -36,7 +36,7 @@ class EBLoRAConfig:
         weight_energy (`float`, defaults to 0.6): Share of the energy ‖W‖² of each weight whose directions are
             protected from the start by KeepLoRA (0 for none), and before every task by OSF.
         orthogonality_weight (`float`, defaults to 0.5): λ of O-LoRA's penalty.
-        overlap_weight (`float`, defaults to 1e4): λ of ELLA's penalty.
+        overlap_weight (`float`, defaults to 1e3): λ of ELLA's penalty.
         stored_energy (`float`, defaults to 0.999): Share of the energy ‖ΔW‖² of OSF's full-rank updates that their
             adapters hold.
         max_basis_fraction (`float`, defaults to 1.0): Cap on the columns of a basis, as a share of d_in. Whatever it
@@ -119,7 +119,7 @@ class EBLoRAConfig:
         default=0.6, metadata={"help": "Share of each weight's energy that is protected (keeplora, osf)."}
     )
     orthogonality_weight: float = dataclasses.field(default=0.5, metadata={"help": "λ of the penalty (olora)."})
-    overlap_weight: float = dataclasses.field(default=1e4, metadata={"help": "λ of the penalty (ella)."})
+    overlap_weight: float = dataclasses.field(default=1e3, metadata={"help": "λ of the penalty (ella)."})
     stored_energy: float = dataclasses.field(
         default=0.999, metadata={"help": "Share of an update's energy that its adapter holds (osf)."}
     )

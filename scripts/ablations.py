@@ -40,12 +40,11 @@ ROWS: dict[str, dict[str, tuple[str, dict]]] = {
     },
     "Rank": {
         f"{name}, r = {rank}": (method, {"rank": rank})
-        for rank in (2, 4, 8, 16)
+        for rank in (4, 16)
         for name, method in (("LoRA", "lora"), ("EBLoRA", "eblora"), ("EBLoRA + anchor", "eblora-anchor"))
     },
     "Threshold": {
-        f"EBLoRA, ε = {threshold}": ("eblora", {"energy_threshold": threshold})
-        for threshold in (0.8, 0.9, 0.95, 0.97, 0.99)
+        f"EBLoRA, ε = {threshold}": ("eblora", {"energy_threshold": threshold}) for threshold in (0.9, 0.97, 0.99)
     },
 }
 
