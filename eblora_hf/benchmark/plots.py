@@ -11,6 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from .report import by_method
 
+_NUMBERED = 10  # tasks at most whose matrix shows its numbers
+
 
 def plot_matrices(
     matrices: dict[str, list[list[float]]], titles: dict[str, str], tasks: Sequence[str], path: Path
@@ -19,14 +21,16 @@ def plot_matrices(
     count = len(matrices)
     columns = min(count, 4)
     rows = -(-count // columns)
-    figure = matplotlib.figure.Figure(figsize=(3.6 * columns + 0.8, 4.0 * rows + 0.4), layout="constrained")
+    crowded = len(tasks) > _NUMBERED  # numbers would lie on each other
+    side = 5.4 if crowded else 3.6
+    figure = matplotlib.figure.Figure(figsize=(side * columns + 0.8, (side + 0.4) * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     image: Any = None
     for axis, (method, matrix) in zip(axes.flat, matrices.items(), strict=False):
         image = axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
         for t, row in enumerate(matrix):
             for i, value in enumerate(row):
-                if np.isnan(value):  # not measured: a task without its head yet
+                if crowded or np.isnan(value):  # not measured: a task without its head yet
                     continue
                 colour = "black" if value > 60 else "white"
                 axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
