@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from .suite import ANCHOR_ROWS, Problem, Suite
 
@@ -160,6 +160,7 @@ class TextSuite(Suite):
     def problem(self, seed: int, folder: Path, tasks: Sequence[str], measured_on: str) -> Problem:
         path = encoder_folder()
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        set_seed(seed)  # of the head
         model = AutoModelForSequenceClassification.from_pretrained(path, local_files_only=True)
         held_out = [split(module, seed) for module in HELD_OUT]
         left = HeldOut(

@@ -15,7 +15,7 @@ import numpy as np
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from ..adapters.spectra import mean_sigma_ratio
@@ -251,6 +251,7 @@ def _frozen(model, args, problem: Problem, heads: str) -> MethodResult:
 def _head_alone(model, args, problem: Problem, name: str) -> float:
     """Accuracy on a task of a head on the frozen model."""
     model, train_set = copy.deepcopy(model).requires_grad_(False), problem.train_sets[name]
+    set_seed(args.seed)  # of the head
     model.num_labels = model.config.num_labels = len(set_labels(train_set) or ())
     model.classifier = nn.Linear(model.config.hidden_size, model.num_labels)
     trainer = _stock_trainer(model, dataclasses.replace(args, learning_rate=1e-2), problem, train_dataset=train_set)

@@ -55,7 +55,7 @@ def set_learning_rate(
     Gives some parameters of a fresh optimizer a learning rate of their own, in groups beside those they were in.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): Before its first step and before it has a scheduler.
+        optimizer (`torch.optim.Optimizer`): Before its first step, and without a scheduler.
         parameters (iterable of `torch.nn.Parameter`): Those among its own.
         learning_rate (`float`): Their learning rate.
     """
@@ -64,7 +64,8 @@ def set_learning_rate(
         moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
         if moved:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+            others = {key: value for key, value in group.items() if key != "initial_lr"}  # a scheduler's, before
+            optimizer.add_param_group({**others, "params": moved, "lr": learning_rate})
 
 
 def check_optimizer(subject: str, name: str) -> None:

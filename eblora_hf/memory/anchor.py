@@ -89,10 +89,11 @@ def share_variance(parts: list[Features]) -> list[Features]:
     The same features with the variance of all of them, so that their distance is 1 where no more is left of them than
     their mean, however they are dealt out.
     """
-    values = torch.cat([part.values for part in parts]).double()
-    variance = (values - values.mean(dim=0)).square().sum(dim=-1).mean().item()
-    if len(values) == 1 or variance == 0.0:
-        variance = values.square().sum(dim=-1).mean().item()
+    count = sum(len(part.values) for part in parts)
+    mean = torch.stack([part.values.double().sum(dim=0) for part in parts]).sum(dim=0) / count  # (d,)
+    variance = sum((part.values - mean).square().sum().item() for part in parts) / count
+    if count == 1 or variance == 0.0:
+        variance = sum(part.values.double().square().sum().item() for part in parts) / count
     variance = max(variance, torch.finfo(torch.float32).tiny)
     return [dataclasses.replace(part, variance=variance) for part in parts]
 

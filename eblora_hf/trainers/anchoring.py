@@ -95,7 +95,7 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         if self._holds_features and self._pretrained_part() is None:
             kind = type(self.model.get_base_model()).__name__
             raise ValueError(
-                "`anchor` holds what the pre-trained part of the model gives to the heads of the tasks, but which of "
+                "`anchor` holds what the pre-trained part of the model gives to a fresh head, but which of "
                 f"its parts that is, the `base_model_prefix` of {kind} does not tell. Leave out `anchor`."
             )
         if self.is_fsdp_enabled and self.heads.declared:
@@ -201,14 +201,16 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
         taken = inspect.signature(base_model.forward).parameters.keys() - {*self.label_names, "labels"}
         inputs = {name: value for name, value in collated.items() if name in taken}
         mask = inputs.get("attention_mask")
+        mask = mask.flatten(0, 1) if mask is not None and mask.ndim == 3 else mask  # (B, choices, L)
         if isinstance(labels, torch.Tensor) and labels.is_floating_point() and self._trunk is None:
             raise ValueError(
                 "`anchor` holds the shares of classes that exclude each other, but the labels of its rows are no "
                 f"classes ({labels.dtype}). Leave out `anchor`."
             )
         if getattr(config, "is_encoder_decoder", False):
-            mask = inputs.get("decoder_attention_mask")
-            if labels is not None:
+            own = inputs.get("decoder_attention_mask")
+            mask = mask if own is None and self._trunk is not None else own  # a classifier's decoder reads the same
+            if labels is not None and labels.ndim == 2:
                 mask = labels != -100
                 if "decoder_input_ids" not in inputs and hasattr(base_model, "prepare_decoder_input_ids_from_labels"):
                     inputs["decoder_input_ids"] = base_model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -258,7 +260,8 @@ class AnchoringMixin(PreparingMixin, MeasuringMixin, SnapshotMixin):
                 model(**inputs)
             finally:
                 hook.remove()
-            return given[-1] if isinstance(given[-1], torch.Tensor) else given[-1][0]
+            hidden = given[-1] if isinstance(given[-1], torch.Tensor) else given[-1][0]
+            return hidden.flatten(2).mT if hidden.ndim == 4 else hidden  # (B, C, H, W) of pictures → (B, H·W, C)
         outputs = model(**inputs)
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, torch.Tensor):

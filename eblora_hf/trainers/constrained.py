@@ -75,17 +75,23 @@ class ConstrainedMixin(AnchoringMixin, ShardedMixin):
                 )
         self.heads.hold(optimizer)
         if self.eblora_config.head_learning_rate is not None:
-            self._set_head_rate(optimizer, self.eblora_config.head_learning_rate)
+            set_learning_rate(optimizer, trained_heads(self.model).values(), self.eblora_config.head_learning_rate)
+        self.note_groups(optimizer)
         return optimizer
 
-    def _set_head_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        heads = trained_heads(self.model)
-        if not heads:
+    def check_head_rate(self) -> None:
+        """Raises a `ValueError` if the heads cannot have a learning rate of their own."""
+        rate = self.eblora_config.head_learning_rate
+        if rate is not None and not self.heads.declared:
             raise ValueError(
-                f"EBLoRAConfig(head_learning_rate={learning_rate!r}): the model has no trained head. Leave it out, or "
-                "name a head in LoraConfig(modules_to_save=[…])."
+                f"EBLoRAConfig(head_learning_rate={rate!r}): the model has no trained head. Leave it out, or name a "
+                "head in LoraConfig(modules_to_save=[…])."
             )
-        set_learning_rate(optimizer, heads.values(), learning_rate)
+        if rate is not None and self.lr_scheduler is not None:
+            raise ValueError(
+                f"EBLoRAConfig(head_learning_rate={rate!r}) with a scheduler of your own in `optimizers`: it was made "
+                "for the groups that the optimizer has. Give the head its rate there, or pass the optimizer alone."
+            )
 
     def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """
@@ -188,7 +194,13 @@ class ConstrainedMixin(AnchoringMixin, ShardedMixin):
         if self.constraint is not None and self.is_in_train and self.args.should_save:
             save_state(self.constraint.state_dict(), output_dir or self.args.output_dir)
         if self.is_in_train and self.args.should_save:
-            write_method(output_dir or self.args.output_dir, self.eblora_config.method)
+            write_method(output_dir or self.args.output_dir, self._trains_with)
+
+    @property
+    def _trains_with(self) -> str:
+        """What a checkpoint has to have been trained with: the groups of its optimizer depend on it."""
+        rate = self.eblora_config.head_learning_rate
+        return self.eblora_config.method + ("" if rate is None else f" with head_learning_rate={rate!r}")
 
     def save_end(self) -> None:
         """
@@ -215,7 +227,7 @@ class ConstrainedMixin(AnchoringMixin, ShardedMixin):
         """
         check_checkpoint(
             checkpoint,
-            self.eblora_config.method,
+            self._trains_with,
             with_optimizer=not self.args.save_only_model,
             sharded=self.is_fsdp_enabled,
         )

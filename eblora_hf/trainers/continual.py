@@ -59,11 +59,10 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             any plain LoRA adapter, which becomes the first task of a new sequence in `args.output_dir`. Without a
             `peft_config` the new tasks adapt the same layers with the same ranks.
         task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
-        push_bases (`bool` or `str`, *optional*): Where the bases go when the sequence is pushed: into its repository
-            (`True`), nowhere (`False`), or into another, private one. They can leak training data. By default as the
-            sequence on the Hub has it, and `True` for a new one.
-        protect_data (dataset, *optional*): If `sequence` is a plain LoRA adapter: a sample of what it was trained on,
-            from which its basis is taken. By default it is taken from the adapter itself.
+        push_bases (`bool` or `str`, *optional*): Where bases, which can leak training data, are pushed: with the
+            sequence (`True`, for a new one), nowhere (`False`), or into another, private repository.
+        protect_data (dataset, *optional*): A sample of what a plain LoRA adapter as `sequence` was trained on, for its
+            basis. By default that is of the adapter itself.
         anchor (dataset or `"random"`, *optional*): A few dozen rows like those of the pre-training, without labels, to
             which every step holds the answers (`EBLoRAConfig.anchor_weight`); or inputs that are drawn instead.
 
@@ -73,8 +72,8 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
         constraint ([`StepHooks`], *optional*): What the method does around the optimizer's steps while a task trains.
 
     Raises:
-        ValueError: if the model has no LoRA adapter and no `peft_config` was given, if an argument does not fit, or if
-            the set-up (DeepSpeed, FSDP1…) is not supported; the message says what to do.
+        ValueError: if there is neither a LoRA adapter nor a `peft_config`, or if an argument or the set-up (DeepSpeed,
+            FSDP1…) is not supported; the message says what to do.
     """
 
     def __init__(
@@ -124,6 +123,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             self.tasks = self.tasks and self.prepared(self.tasks)
             self.prepare_anchor(anchor)
             self.check_replay()
+            self.check_head_rate()
             self.check_sharding()
         except Exception:
             if model is not given:

@@ -133,10 +133,9 @@ class ShardedMixin(TrainerSurface):
         self.shard()  # accelerate would want an optimizer for a model that has not been trained yet
         return super().evaluation_loop(*args, **kwargs)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+    def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keeps which parameters an optimizer trains, for [`create_scheduler`], which runs after accelerate has it."""
         self._trained = [list(group["params"]) for group in optimizer.param_groups]
-        return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         if self.is_fsdp_enabled:

@@ -471,7 +471,7 @@ def test_a_gain_is_paired_and_has_an_interval():
 def test_smoothing_helps_to_merge_six_adapters():
     """
     At weight 1, where six adapters disturb each other most. For fewer, and with the weight tuned, three seeds do not
-    tell: README has ten, with their intervals.
+    tell.
     """
     seeds, counts = (0, 1, 2), [6]
     merges = [merge for seed in seeds for merge in merging_experiment.run_seed(seed, counts)]

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel
-from peft import PeftModel
+import transformers
+from datasets import ClassLabel, Dataset
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, PublishedSequence
@@ -226,6 +227,38 @@ def test_where_heads_are_the_tasks_own_the_last_hidden_states_are_held(tmp_path,
                     expected = make_model("bert").eval().bert(**part.inputs).last_hidden_state
                 torch.testing.assert_close(part.pretrained.values, expected.flatten(0, 1), atol=1e-6, rtol=0)
     assert moved[0] < 0.8 * moved[1]
+
+
+def test_what_is_held_of_pictures_and_of_an_encoder_decoder_are_its_own_positions(tmp_path):
+    """Under heads of the tasks' own: all of a convolutional feature map, and of two padded texts no padding."""
+    small = {"num_channels": 1, "depths": [1, 1], "hidden_sizes": [8, 16], "patch_size": 2, "image_size": 16}
+    torch.manual_seed(0)
+    convolutional = transformers.ConvNextForImageClassification(
+        transformers.ConvNextConfig(**small, num_stages=2, num_labels=2)
+    )
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 20}
+    config = transformers.BartConfig(vocab_size=60, **sizes, **heads, num_labels=2)
+    pictures = {"pixel_values": torch.randn(8, 1, 16, 16).tolist()}
+    tokens = [[5, 6, 7, 2, 1, 1, 1, 1] if row % 2 else [5, 6, 7, 8, 9, 10, 11, 2] for row in range(8)]
+    texts = {"input_ids": tokens, "attention_mask": [[int(token != 1) for token in row] for row in tokens]}
+    labels = {"labels": [0, 1] * 4}
+    for model, inputs, targets, held in (
+        (convolutional, pictures, ["pwconv1", "pwconv2"], 8 * 16),
+        (transformers.BartForSequenceClassification(config), texts, ["q_proj", "v_proj"], 4 * 8 + 4 * 4),
+    ):
+        rows = Dataset.from_dict(inputs | labels).cast_column("labels", ClassLabel(names=["x", "y"]))
+        trainer = ContinualEBLoRATrainer(
+            model=model,
+            args=make_arguments(tmp_path / type(model).__name__, max_steps=2, per_device_train_batch_size=8),
+            peft_config=LoraConfig(r=2, target_modules=targets),
+            train_dataset={"one": rows.with_format("torch")},
+            eblora_config=EBLoRAConfig(heads="per-task"),
+            anchor=Dataset.from_dict(inputs | labels).with_format("torch"),
+        )
+        trainer.train()
+        (part,) = trainer._anchor_steps[0]
+        assert len(part.pretrained.values) == held
 
 
 def test_under_autocast_and_with_activation_checkpointing(tmp_path):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import TrainerCallback
 
 from eblora_hf import EBLoRAConfig
+from eblora_hf.manifold.optimizers import set_learning_rate
 
-from ..support.tiny import lora
+from ..support.tiny import lora, make_model
 from ..support.trainers import InterruptAt, InterruptionError, assert_same_files, load_published, make_trainer
 
 RATES = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -68,11 +70,42 @@ def test_it_follows_the_schedule_and_resumes_to_the_same_bits(tmp_path, method):
     assert_same_files(load_published(tmp_path / "whole"), load_published(tmp_path / "parts"))
 
 
-def test_without_a_head_it_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, kind="llama", eblora_config=EBLoRAConfig(head_learning_rate=1e-3))
+def test_a_run_goes_on_with_the_rate_that_it_had(tmp_path):
+    options = {"peft_config": HEADS, "save_strategy": "steps", "save_steps": 2}
+    own = {"eblora_config": EBLoRAConfig(head_learning_rate=2e-2)}
+    with pytest.raises(InterruptionError):
+        make_trainer(tmp_path, callbacks=[InterruptAt("one", 3)], **options, **own).train()
+    with pytest.raises(ValueError, match=r"with the method 'eblora with head_learning_rate=0\.02', not with 'eblora'"):
+        make_trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, **options, **own).train(resume_from_checkpoint=True)
+
+
+def test_an_optimizer_that_had_a_scheduler_before(tmp_path):
+    """Its groups say where that one began: the new scheduler takes the rate of the head instead."""
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    set_learning_rate(optimizer, weights[1:], 2e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-2]
+
+
+def test_what_cannot_have_it_is_refused_before_anything_is_trained(tmp_path):
+    config = EBLoRAConfig(head_learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"head_learning_rate=0\.001.*no trained head.*modules_to_save"):
-        trainer.train()
+        make_trainer(tmp_path, kind="llama", eblora_config=config)
+    model = get_peft_model(make_model("bert"), HEADS)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match=r"head_learning_rate=0\.001.*scheduler of your own"):
+        make_trainer(
+            tmp_path,
+            tasks=("one",),
+            model=model,
+            peft_config=None,
+            eblora_config=config,
+            optimizers=(optimizer, scheduler),
+        )
     with pytest.raises(ValueError, match=r"head_learning_rate=-1.*positive"):
         EBLoRAConfig(head_learning_rate=-1)
     assert not list(tmp_path.glob("tasks/*"))
-    assert torch.is_grad_enabled()
