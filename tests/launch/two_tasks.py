@@ -2,8 +2,9 @@
 Run by test_processes.py, under torchrun or alone: two tasks on every process, which then writes what it holds.
 
 The argument is JSON: `folder`, `per_device`, `method`, and if wanted `shard` (FSDP2), `steps` of a task, `dtype`,
-`rows` of data, `anchor` rows in a step, `interrupt` at a step of the second task, `resume`, `best` to load the best
-checkpoint, `unseeded` models, `drift` of one process, or `stock`: plain LoRA by the stock Trainer, on the first task.
+`rows` of data, `anchor` rows in a step, `head_rate` of a trained head, `interrupt` at a step of the second task,
+`resume`, `best` to load the best checkpoint, `unseeded` models, `drift` of one process, or `stock`: plain LoRA by the
+stock Trainer, on the first task.
 """
 
 import json
@@ -72,14 +73,13 @@ def make_trainer():
     if options.get("stock"):
         return Trainer(model=get_peft_model(model, lora()), args=args, train_dataset=data["one"], callbacks=[Hold()])
     snapshots = {} if options.get("observe") else {"snapshot_fraction": 1.0}
-    anchored = options.get("anchor", 8)
-    config = EBLoRAConfig(
-        method=options["method"], direction_lr=0.05, scale_lr=0.01, anchor_samples=anchored, **snapshots
-    )
+    rate, anchored = options.get("head_rate"), options.get("anchor", 8)
+    own = {"anchor_samples": anchored, "head_learning_rate": rate}
+    config = EBLoRAConfig(method=options["method"], direction_lr=0.05, scale_lr=0.01, **own, **snapshots)
     return (Sharded if options.get("shard") else ContinualEBLoRATrainer)(
         model=model,
         args=args,
-        peft_config=lora(),
+        peft_config=lora(modules_to_save=["lm_head"]) if rate else lora(),
         train_dataset=data,
         eval_dataset=data if options.get("best") else None,
         eblora_config=config,

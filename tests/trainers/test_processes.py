@@ -92,6 +92,20 @@ def test_fifty_steps_of_each_task(run, kind, dtype):
     assert differences[1] <= 1e-4  # the second task starts from what is left of the first one's rounding
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_with_a_rate_of_its_own(run, tmp_path, kind):
+    """Groups of the optimizer that were split reach it again where parameters are sharded, and where it is resumed."""
+    (one,) = run(**ONE, head_rate=2e-2)
+    first, second = run(**KINDS[kind], head_rate=2e-2)
+    assert_same(first, second)
+    assert difference(one, first, "two") <= 1e-2
+    assert difference(first, run(**KINDS[kind], head_rate=1e-4)[0], "two") > 1e-2
+    assert start(tmp_path, **KINDS[kind], head_rate=2e-2, interrupt=4).returncode == 0
+    resumed, _ = launch(tmp_path, **KINDS[kind], head_rate=2e-2, resume=True)
+    assert all(torch.equal(resumed[key], first[key]) for key in resumed)
+    assert any(key.startswith("two.") for key in resumed)
+
+
 def test_sharding_changes_nothing(run):
     """FSDP2 gives the bits of DistributedDataParallel on the first task, before earlier tasks take another form."""
     whole, sharded = (run(**KINDS[kind], steps=50, dtype="float32")[0] for kind in ("DDP", "FSDP2"))
