@@ -251,8 +251,9 @@ def _frozen(model, args, problem: Problem, heads: str) -> MethodResult:
 def _head_alone(model, args, problem: Problem, name: str) -> float:
     """Accuracy on a task of a head on the frozen model."""
     model, train_set = copy.deepcopy(model).requires_grad_(False), problem.train_sets[name]
+    labels: Any = set_labels(train_set)
     set_seed(args.seed)  # of the head
-    model.num_labels = model.config.num_labels = len(set_labels(train_set) or ())
+    model.num_labels = model.config.num_labels = len(labels)
     model.classifier = nn.Linear(model.config.hidden_size, model.num_labels)
     trainer = _stock_trainer(model, dataclasses.replace(args, learning_rate=1e-2), problem, train_dataset=train_set)
     trainer.train()

@@ -18,7 +18,7 @@ from .protocol import MethodResult
 from .suites import SUITES
 
 METRICS = ("MFN", "MAA", "BWT", "LA", "FWT", "base", "similarity")
-COSTS = {"room": "%", "megabytes": "MB", "seconds": "s"}
+COSTS = {"room": "room, %", "megabytes": "on disk, MB", "seconds": "processor time, s"}
 _LAST = 6
 
 
@@ -98,7 +98,7 @@ def summary_table(lines: list[dict[str, Any]]) -> list[list[str]]:
 
 def cost_table(lines: list[dict[str, Any]]) -> list[list[str]]:
     """What a sequence takes, as [`summary_table`]; with the learning accuracy of the last six of more tasks."""
-    columns = {f"{name} ({unit})": [line[name] for line in lines] for name, unit in COSTS.items()}
+    columns = {title: [line[name] for line in lines] for name, title in COSTS.items()}
     if len(lines[0]["tasks"]) > _LAST:
         columns = {f"LA of the last {_LAST}": [_last_learnt(line["accuracy_matrix"]) for line in lines]} | columns
     return _table(lines, columns)

@@ -11,10 +11,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from ..published.identity import describe_base_model
 from .digits import steady_cpu
 from .protocol import MethodResult, quiet, run_method
 from .report import as_json, package_versions
-from .suite import Suite
+from .suite import Problem, Suite
 from .suites import SUITES
 
 
@@ -46,7 +47,8 @@ class Run:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-_KEYS = {field.name for field in (*dataclasses.fields(Run), *dataclasses.fields(MethodResult))} | {"versions"}
+_KEYS = {field.name for field in (*dataclasses.fields(Run), *dataclasses.fields(MethodResult))}
+_KEYS |= {"base_model", "versions"}
 
 
 def tuned_run(suite: Suite, method: str, seed: int, tasks: tuple[str, ...], rank: int, tuned: dict[str, dict]) -> Run:
@@ -60,7 +62,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     The lines of a results file; a last line that a killed process left half-written is taken off the file.
 
     Raises:
-        ValueError: if a whole line is not JSON, or not of a run.
+        ValueError: if a whole line is not JSON, or not of a run; or if those of a seed are of several base models.
     """
     if not path.is_file():
         return []
@@ -80,7 +82,21 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"Line {number + 1} of {path} is not a result ({error}). Delete the line, or use another folder."
             ) from error
+    for result in results:
+        _check_base(result, result["base_model"], results, path)
     return results
+
+
+def _check_base(what: dict[str, Any], base_model: str, results: Iterable[dict[str, Any]], path: Path) -> None:
+    """Raises if `path` has results of the same suite, seed and versions on another base model: they do not compare."""
+    same = ("suite", "seed", "versions")
+    for result in results:
+        if result["base_model"] != base_model and all(result[key] == what[key] for key in same):
+            raise ValueError(
+                f"{path} has results of seed {what['seed']} on another base model ({result['base_model']!s:.12}… of "
+                f"{result['method']}, not {base_model!s:.12}…): another processor trains another from the same seed. "
+                "Use another folder."
+            )
 
 
 def run_all(
@@ -105,6 +121,7 @@ def run_all(
 
     Raises:
         RuntimeError: if a run failed; those finished before are kept.
+        ValueError: if the results that are there cannot be read, or are of another base model.
     """
     runs = list(runs)
     known = {_key(result): result for result in read_results(path)}
@@ -118,8 +135,9 @@ def run_all(
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
             try:
                 shared = sorted({(run.suite, run.seed) for run in missing})
-                for _ in _finished({pool.submit(_prepare, *what, bases): f"pre-training {what}" for what in shared}):
-                    pass
+                prepared = {pool.submit(_prepare, *what, bases): f"pre-training {what}" for what in shared}
+                for what in _finished(prepared):
+                    _check_base(what | versions, what["base_model"], known.values(), path)
                 futures = {
                     pool.submit(_execute, run, bases): f"{run.method}, seed {run.seed}, {run.settings}"
                     for run in missing
@@ -168,9 +186,17 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _prepare(suite: str, seed: int, bases: Path) -> None:
-    with steady_cpu():
-        SUITES[suite].prepare(seed, bases)
+def _prepare(name: str, seed: int, bases: Path) -> dict[str, Any]:
+    """Makes what the runs of a seed share, and says which base model that is."""
+    suite = SUITES[name]
+    with steady_cpu(), quiet():
+        suite.prepare(seed, bases)
+        return {"suite": name, "seed": seed, "base_model": _hash(suite.problem(seed, bases, suite.tasks, "test"))}
+
+
+def _hash(problem: Problem) -> str:
+    """Of the base model's weights, but for those of its head, which tasks may have fresh."""
+    return str(describe_base_model(problem.model, heads=["classifier"])["weights"])
 
 
 def _execute(run: Run, bases: Path) -> bytes:
@@ -179,5 +205,5 @@ def _execute(run: Run, bases: Path) -> bytes:
     with steady_cpu(), quiet():
         problem = suite.problem(run.seed, bases, run.tasks, run.measured_on)
         result = run_method(run.method, suite, problem, run.seed, settings=run.settings, rank=run.rank)
-    line = run.describe() | as_json(result) | {"versions": package_versions()}
+    line = run.describe() | as_json(result) | {"base_model": _hash(problem), "versions": package_versions()}
     return (json.dumps(line, allow_nan=False) + "\n").encode()

@@ -60,7 +60,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             `peft_config` the new tasks adapt the same layers with the same ranks.
         task_name (`str`, *optional*): Name of the task when `train_dataset` is one data set; "task" by default.
         push_bases (`bool` or `str`, *optional*): Where bases, which can leak training data, are pushed: with the
-            sequence (`True`, for a new one), nowhere (`False`), or into another, private repository.
+            sequence (`True`), nowhere (`False`), or into a private repository. By default as before, at first `True`.
         protect_data (dataset, *optional*): A sample of what a plain LoRA adapter as `sequence` was trained on, for its
             basis. By default that is of the adapter itself.
         anchor (dataset or `"random"`, *optional*): A few dozen rows like those of the pre-training, without labels, to

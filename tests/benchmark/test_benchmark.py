@@ -190,7 +190,8 @@ def a_line(method: str, seed: int, mfn: float, **changes) -> dict:
     result = {"MFN": mfn, "MAA": 60.0, "BWT": None, "LA": 70.0, "FWT": 20.0, "base": 90.0, "similarity": None}
     result |= {"room": 50.0, "megabytes": 1.5, "seconds": 10.0}
     matrix = [[50.0, 10.0], [40.0, 60.0]]
-    return run.describe() | result | {"accuracy_matrix": matrix, "sigma_ratio": [1.0], "versions": {}} | changes
+    result |= {"accuracy_matrix": matrix, "sigma_ratio": [1.0], "base_model": "abc", "versions": {}}
+    return run.describe() | result | changes
 
 
 def test_summary_is_mean_and_standard_deviation_and_paired_by_seed():
@@ -216,6 +217,26 @@ def test_a_half_written_line_is_taken_off_and_a_broken_one_is_named(tmp_path):
     path.write_text(whole[0] + "{}\n" + whole[1])
     with pytest.raises(ValueError, match=r"Line 2 of .*results\.jsonl is not a result \(BWT.*method"):
         read_results(path)
+
+
+def test_results_on_several_base_models_do_not_compare(tmp_path):
+    """Neither in a file, nor when a run on another processor would add to it; before anything is run."""
+    path, bases = tmp_path / "results.jsonl", tmp_path / "base_models"
+    lines = [a_line("lora", 0, 50.0), a_line("ebo", 0, 50.0, base_model="def"), a_line("ebo", 1, 50.0)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"results\.jsonl has results of seed 0 on another base model \(def… of ebo"):
+        read_results(path)
+    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[2]) + "\n")
+    assert len(read_results(path)) == 2
+    torch.manual_seed(0)
+    write(bases / "seed-0.safetensors", tensor_bytes(digits.new_model().state_dict()))
+    path.write_text("")
+    (line,) = run_all([Run("digits", "frozen", 0, ("grid",), 4)], path, bases, workers=1)
+    torch.manual_seed(1)  # as another processor would train it
+    write(bases / "seed-0.safetensors", tensor_bytes(digits.new_model().state_dict()))
+    with pytest.raises(ValueError, match=rf"seed 0 on another base model \({line['base_model'][:12]}… of frozen"):
+        run_all([Run("digits", "frozen", 0, ("dots",), 4)], path, bases, workers=1)
+    assert read_results(path) == [line]
 
 
 def test_results_of_other_versions_are_not_taken(tmp_path, monkeypatch):
