@@ -145,6 +145,39 @@ def repair(folder: Annotated[Path, typer.Argument(help="Folder of a sequence, an
 
 
 @app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Published sequences of the same tasks, one of each seed.")],
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="ucit, mllm-dcl, mtil-order-1 or mtil-order-2: all its tasks have to be there, in order."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for the same as JSON, run by run.")] = None,
+) -> None:
+    """
+    Print the table of a benchmark: accuracies of each task, and the means, in percent over the seeds.
+
+    Last is after all tasks, Avg the mean over all steps, Transfer that before a task was learnt; zero-shot that of the
+    pre-trained model, which the scripts measure with --zero_shot.
+    """
+    import json
+
+    from .analysis.table import BENCHMARKS, as_markdown, benchmark_table
+
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise typer.BadParameter(
+            f"got {benchmark!r}, expected one of {', '.join(BENCHMARKS)}", param_hint="--benchmark"
+        )
+    try:
+        content = benchmark_table(folders, benchmark)
+        if output is not None:
+            output.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(as_markdown(content))
+
+
+@app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="A model on the Hub, or a folder with its config.json.")],
     tasks: Annotated[int, typer.Option(min=1, help="How many tasks are learnt.")] = 10,

@@ -258,7 +258,7 @@ class EBLoRAConfig:
                 mean gradients and no penalty. `"ucit"` goes with `LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)`
                 and `learning_rate=2e-4, weight_decay=0.1` (2e-5 for the sixth task); `"mllm-dcl"` with
                 `LoraConfig(r=32, lora_alpha=160, lora_dropout=0.05)` and `learning_rate=2e-5`. Both of these use a
-                cosine schedule with `warmup_ratio=0.03`.
+                cosine schedule with `warmup_steps=0.03`, a share of them.
 
         Raises:
             ValueError: for any other name.

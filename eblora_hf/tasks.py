@@ -25,8 +25,8 @@ class Task:
         num_train_epochs (`float`, *optional*), max_steps (`int`, *optional*), learning_rate (`float`, *optional*):
             Instead of those in `TrainingArguments`. Setting the epochs lifts `max_steps` of the arguments for this
             task.
-        direction_lr (`float` or `"auto"`, *optional*), scale_lr (`float` or `"auto"`, *optional*):
-            Instead of those in [`EBLoRAConfig`].
+        direction_lr (`float` or `"auto"`, *optional*), scale_lr (`float` or `"auto"`, *optional*),
+        head_learning_rate (`float`, *optional*): Instead of those in [`EBLoRAConfig`].
     """
 
     name: str
@@ -38,6 +38,7 @@ class Task:
     direction_lr: float | str | None = None
     scale_lr: float | str | None = None
     labels: list[str] | None = None
+    head_learning_rate: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _TASK_NAME.fullmatch(self.name) or self.name.endswith("."):
@@ -49,7 +50,7 @@ class Task:
             raise ValueError(f"The task {self.name!r} has no training set.")
         if self.num_train_epochs is not None and self.max_steps is not None:
             raise ValueError(f"The task {self.name!r} sets both num_train_epochs and max_steps; set one.")
-        for name in ("num_train_epochs", "max_steps", "learning_rate"):
+        for name in ("num_train_epochs", "max_steps", "learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"The task {self.name!r} sets {name}={value!r}: expected a positive number.")

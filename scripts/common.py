@@ -1,129 +1,23 @@
-"""What the `run_*.py` scripts share: their arguments, the task file, labels, and the run itself."""
+"""What the `run_*.py` scripts share: the list of tasks, labels, and the run itself."""
 
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
-import yaml
+from arguments import DataArguments, as_number, read_file
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from peft import LoraConfig
-from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.utils import logging
 
-from eblora_hf import ContinualEBLoRATrainer, EBLoRAConfig, Task, TaskSequence
+from eblora_hf import ContinualEBLoRATrainer, Task, TaskSequence
 
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SOURCE = ("dataset", "config", "splits", "data_files", "columns")
-OVERRIDES = ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr")
-
-
-# ---- arguments ----
-
-
-@dataclass
-class ModelArguments:
-    """The base model and its LoRA adapter."""
-
-    model_name_or_path: str = field(metadata={"help": "The base model: a folder, or an id on the Hub."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
-    dtype: str = field(default="auto", metadata={"help": "Of its weights: 'auto' (as saved), 'float32', 'bfloat16'…"})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the update of a task."})
-    lora_alpha: int = field(default=32, metadata={"help": "PEFT scales the update by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the adapter."})
-    lora_target_modules: str = field(
-        default="all-linear",
-        metadata={"help": "'all-linear', or a regular expression that the whole name of a layer has to match."},
-    )
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """For `from_pretrained` of the model."""
-        return {"revision": self.model_revision, "dtype": self.dtype}
-
-    def lora_config(self, **extra) -> LoraConfig:
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
-            **extra,
-        )
-
-
-@dataclass
-class DataArguments:
-    """The tasks in the order they are learnt."""
-
-    tasks: str = field(
-        metadata={"help": "YAML or JSON file that lists the tasks; in a configuration file, the list itself."}
-    )
-    data_dir: str = field(default=".", metadata={"help": "Folder that the paths in the list of tasks start from."})
-    sequence: Optional[str] = field(  # noqa: UP045 - HfArgumentParser needs it on Python 3.10
-        default=None,
-        metadata={"help": "Published sequence to continue: a folder, 'user/repo' or 'user/repo@revision'."},
-    )
-
-
-@dataclass
-class LabelArguments(DataArguments):
-    """The tasks, and the labels of the head they share."""
-
-    labels: Optional[list[str]] = field(  # noqa: UP045
-        default=None,
-        metadata={
-            "help": "All labels the head is for; by default those in the tasks' training sets. Name them when later "
-            "runs will bring tasks with further labels."
-        },
-    )
-
-
-def parse_arguments(model_arguments: type = ModelArguments, data_arguments: type = DataArguments) -> tuple:
-    """
-    Reads the command line: flags, or the path of one `.yaml` or `.json` file with the same names; and sets the seed.
-
-    Returns:
-        `tuple`: The model's arguments, the data's, `TrainingArguments` and [`EBLoRAConfig`].
-    """
-    parser = HfArgumentParser((model_arguments, data_arguments, TrainingArguments, EBLoRAConfig))
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml", ".json")):
-        values = _read(Path(sys.argv[1]), "configuration file", dict)
-        for dataclass_type in parser.dataclass_types:
-            for option in dataclasses.fields(dataclass_type):
-                if option.type is float and isinstance(values.get(option.name), str):  # YAML reads 2e-4 as text
-                    values[option.name] = _number(f"{sys.argv[1]}: {option.name}", values[option.name])
-        parsed = parser.parse_dict(values)
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    logging.set_verbosity(parsed[2].get_process_log_level())
-    set_seed(parsed[2].seed)
-    return parsed
-
-
-def _read(path: Path, what: str, kind: type) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"The {what} {str(path)!r} does not exist.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The {what} {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"The {what} {str(path)!r} must hold a {kind.__name__}, got a {type(content).__name__}.")
-    return content
-
-
-def _number(what: str, value: Any, kind: type = float) -> float:
-    try:
-        return kind(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is {value!r}: expected a number.") from error
+OVERRIDES = ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr", "head_learning_rate")
 
 
 # ---- tasks ----
@@ -136,13 +30,13 @@ class TaskData:
 
     Args:
         task ([`Task`]): Its name and rates, without data.
-        train, validation (`datasets.Dataset`): Its data.
+        train, validation (`datasets.Dataset`): Its data; no `validation` if it cannot be measured.
         options (`dict`): What only one script asks for.
     """
 
     task: Task
     train: Dataset
-    validation: Dataset
+    validation: Dataset | None
     options: dict[str, Any]
 
     @property
@@ -182,7 +76,7 @@ def load_tasks(
     """
     entries = arguments.tasks
     if isinstance(entries, str):
-        entries = _read(Path(entries), "task file", list)
+        entries = read_file(Path(entries), "task file", list)
     root = Path(arguments.data_dir)
     tasks = TaskSequence([_read_task(entry, {"name", *SOURCE, *OVERRIDES, *options}, root) for entry in entries])
     loaded = []
@@ -218,9 +112,10 @@ def _read_task(entry: Any, known: Collection[str], root: Path) -> Task:
         if Path(file).suffix not in READERS:
             raise ValueError(f"The task {name!r}: {file!r} is of no known type, expected {', '.join(READERS)}.")
     rates = {key: entry[key] for key in OVERRIDES if entry.get(key) is not None}
-    for key, kind in (("num_train_epochs", float), ("max_steps", int), ("learning_rate", float)):
+    kinds = {"num_train_epochs": float, "max_steps": int, "learning_rate": float, "head_learning_rate": float}
+    for key, kind in kinds.items():
         if key in rates:
-            rates[key] = _number(f"{key} of the task {name!r}", rates[key], kind)
+            rates[key] = as_number(f"{key} of the task {name!r}", rates[key], kind)
     return Task(name, train_dataset=(), **rates)
 
 
@@ -326,13 +221,17 @@ def accuracy(prediction) -> dict[str, float]:
 # ---- the run ----
 
 
-def learn(trainer: ContinualEBLoRATrainer) -> None:
-    """Learns the tasks and writes `train_results.json`, `eval_results.json`, `all_results.json` and the state."""
+def learn(trainer: ContinualEBLoRATrainer, *, zero_shot: bool = False) -> None:
+    """
+    Learns the tasks and writes `train_results.json`, `eval_results.json`, `all_results.json` and the state; before it,
+    if asked to, `zero_shot.json` of the pre-trained model, unless that is there.
+    """
+    if zero_shot:
+        _measure_pretrained(trainer, Path(trainer.args.output_dir) / "zero_shot.json")
     resume = trainer.args.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     matrix, names = trainer.accuracy_matrix, trainer.task_callback.sequence.names
-    metric = (trainer.args.metric_for_best_model or "accuracy").removeprefix("eval_")
-    metric = "accuracy" if metric == "loss" else metric  # what fills the accuracy matrix
+    metric = _metric(trainer)
     final = {f"eval_{name}_{metric}": float(value) for name, value in zip(names, matrix[-1], strict=True)}
     for split, metrics in (("train", result.metrics), ("eval", final)):
         metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
@@ -341,3 +240,22 @@ def learn(trainer: ContinualEBLoRATrainer) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"Accuracy on {', '.join(names)} after each task:\n{np.array_str(matrix, precision=3)}")
+
+
+def _metric(trainer: ContinualEBLoRATrainer) -> str:
+    """What fills the accuracy matrix."""
+    metric = (trainer.args.metric_for_best_model or "accuracy").removeprefix("eval_")
+    return "accuracy" if metric == "loss" else metric
+
+
+def _measure_pretrained(trainer: ContinualEBLoRATrainer, path: Path) -> None:
+    if path.is_file():
+        return
+    row, metric = {}, _metric(trainer)
+    with trainer.pretrained_model():
+        for task in trainer.tasks:
+            if task.eval_dataset is not None:
+                row[task.name] = trainer.evaluate({task.name: task.eval_dataset})[f"eval_{task.name}_{metric}"]
+    if trainer.is_world_process_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=2, allow_nan=False) + "\n", encoding="utf-8")

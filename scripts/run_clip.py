@@ -20,19 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import (
-    DataArguments,
-    ModelArguments,
-    TaskData,
-    accuracy,
-    as_sequence,
-    index_labels,
-    largest,
-    learn,
-    load_tasks,
-    name_labels,
-    parse_arguments,
-)
+from arguments import DataArguments, ModelArguments, parse_arguments
+from common import TaskData, accuracy, as_sequence, index_labels, largest, learn, load_tasks, name_labels
 from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
@@ -114,7 +103,7 @@ def main() -> None:
         eblora_config=eblora_config,
         sequence=data_args.sequence,
     )
-    learn(trainer)
+    learn(trainer, zero_shot=data_args.zero_shot)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,8 @@ A task's data has one of three forms, told by its columns:
 from dataclasses import dataclass, field
 
 from answers import IGNORED, answer_accuracy, encode_answers, render_conversation
-from common import (
-    DataArguments,
-    ModelArguments,
-    as_sequence,
-    largest,
-    learn,
-    load_tasks,
-    parse_arguments,
-)
+from arguments import DataArguments, ModelArguments, parse_arguments
+from common import as_sequence, largest, learn, load_tasks
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -98,7 +91,7 @@ def main() -> None:
         eblora_config=eblora_config,
         sequence=data_args.sequence,
     )
-    learn(trainer)
+    learn(trainer, zero_shot=data_args.zero_shot)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,8 @@ and class (`train/cat/1.png`); scripts/README.md explains the list of tasks.
 
 from dataclasses import dataclass, field
 
-from common import (
-    LabelArguments,
-    ModelArguments,
-    accuracy,
-    as_sequence,
-    largest,
-    learn,
-    load_tasks,
-    parse_arguments,
-    share_labels,
-)
+from arguments import LabelArguments, ModelArguments, parse_arguments
+from common import accuracy, as_sequence, largest, learn, load_tasks, share_labels
 from transformers import AutoImageProcessor, AutoModelForImageClassification, default_data_collator
 
 from eblora_hf import ContinualEBLoRATrainer
@@ -75,7 +66,7 @@ def main() -> None:
         eblora_config=eblora_config,
         sequence=data_args.sequence,
     )
-    learn(trainer)
+    learn(trainer, zero_shot=data_args.zero_shot)
 
 
 if __name__ == "__main__":

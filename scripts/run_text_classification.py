@@ -19,17 +19,8 @@ the list of tasks.
 
 from dataclasses import dataclass, field
 
-from common import (
-    LabelArguments,
-    ModelArguments,
-    accuracy,
-    as_sequence,
-    largest,
-    learn,
-    load_tasks,
-    parse_arguments,
-    share_labels,
-)
+from arguments import LabelArguments, ModelArguments, parse_arguments
+from common import accuracy, as_sequence, largest, learn, load_tasks, share_labels
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -75,7 +66,7 @@ def main() -> None:
         eblora_config=eblora_config,
         sequence=data_args.sequence,
     )
-    learn(trainer)
+    learn(trainer, zero_shot=data_args.zero_shot)
 
 
 if __name__ == "__main__":

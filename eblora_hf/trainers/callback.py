@@ -187,7 +187,7 @@ def training_record(
     """How a task was trained: what differs from the defaults, the rates in use, the seed and the library versions."""
     defaults, overrides = (
         EBLoRAConfig(),
-        ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr"),
+        ("num_train_epochs", "max_steps", "learning_rate", "direction_lr", "scale_lr", "head_learning_rate"),
     )
     changed = {key: value for key, value in vars(config).items() if value != getattr(defaults, key)}
     packages = ("transformers", "peft", "accelerate", "torch")

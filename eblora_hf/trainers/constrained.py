@@ -81,17 +81,20 @@ class ConstrainedMixin(AnchoringMixin, ShardedMixin):
 
     def check_head_rate(self) -> None:
         """Raises a `ValueError` if the heads cannot have a learning rate of their own."""
-        rate = self.eblora_config.head_learning_rate
-        if rate is not None and not self.heads.declared:
-            raise ValueError(
-                f"EBLoRAConfig(head_learning_rate={rate!r}): the model has no trained head. Leave it out, or name a "
-                "head in LoraConfig(modules_to_save=[…])."
-            )
-        if rate is not None and self.lr_scheduler is not None:
-            raise ValueError(
-                f"EBLoRAConfig(head_learning_rate={rate!r}) with a scheduler of your own in `optimizers`: it was made "
-                "for the groups that the optimizer has. Give the head its rate there, or pass the optimizer alone."
-            )
+        rates = {"EBLoRAConfig": self.eblora_config.head_learning_rate}
+        rates |= {f"Task({task.name!r})": task.head_learning_rate for task in self.tasks or ()}
+        for where, rate in rates.items():
+            if rate is not None and not self.heads.declared:
+                raise ValueError(
+                    f"head_learning_rate={rate!r} of {where}: the model has no trained head. Leave it out, or name a "
+                    "head in LoraConfig(modules_to_save=[…])."
+                )
+            if rate is not None and self.lr_scheduler is not None:
+                raise ValueError(
+                    f"head_learning_rate={rate!r} of {where}, with a scheduler of your own in `optimizers`: it was "
+                    "made for the groups that the optimizer has. Give the head its rate there, or pass the optimizer "
+                    "alone."
+                )
 
     def create_scheduler(self, num_training_steps: int, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """

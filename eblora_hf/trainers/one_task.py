@@ -74,7 +74,7 @@ def as_task(trainer: TrainerSurface, task: Task, checkpoints: Path) -> Iterator[
         task ([`Task`]): The task.
         checkpoints (`Path`): Folder of its checkpoints.
     """
-    names = ("args", "train_dataset", "eval_dataset", "method", "optimizer_cls_and_kwargs")
+    names = ("args", "train_dataset", "eval_dataset", "eblora_config", "method", "optimizer_cls_and_kwargs")
     before = {name: getattr(trainer, name) for name in names}
     args, optimizer = copy.copy(trainer.args), trainer.optimizer_cls_and_kwargs
     args.output_dir = str(checkpoints)
@@ -88,8 +88,11 @@ def as_task(trainer: TrainerSurface, task: Task, checkpoints: Path) -> Iterator[
             optimizer = (optimizer[0], optimizer[1] | {"lr": task.learning_rate})
     rates = {name: getattr(task, name) for name in ("direction_lr", "scale_lr") if getattr(task, name) is not None}
     evaluation = before["eval_dataset"] if task.eval_dataset is None else task.eval_dataset
-    method = build_method(dataclasses.replace(trainer.eblora_config, **rates))
-    _assign(trainer, dict(zip(names, (args, task.train_dataset, evaluation, method, optimizer), strict=True)))
+    config = trainer.eblora_config
+    if task.head_learning_rate is not None:
+        config = dataclasses.replace(config, head_learning_rate=task.head_learning_rate)
+    method = build_method(dataclasses.replace(config, **rates))
+    _assign(trainer, dict(zip(names, (args, task.train_dataset, evaluation, config, method, optimizer), strict=True)))
     try:
         with trainer.heads.with_task(task.name):
             yield

@@ -50,6 +50,10 @@ def image_processor() -> transformers.CLIPImageProcessor:
     )
 
 
+def padding_image_processor() -> transformers.LlavaImageProcessor:
+    return transformers.LlavaImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+
+
 def llama_config() -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -100,7 +104,7 @@ def save_model(kind: str, folder: Path) -> str:
             vision_feature_layer=-1,
         )
         processor = transformers.LlavaProcessor(
-            image_processor=image_processor(),
+            image_processor=padding_image_processor(),
             tokenizer=make_tokenizer(),
             patch_size=4,
             vision_feature_select_strategy="default",
@@ -175,8 +179,21 @@ def llava_records(images: list[str], seed: int = 0) -> list[dict]:
     ]
 
 
-def llava_test_records(images: list[str], seed: int = 0) -> list[dict]:
+def llava_test_records(images: list[str], seed: int = 0, *, answers: bool = True) -> list[dict]:
     return [
-        {"question_id": i, "image": image, "text": question, "answer": question.split()[0]}
+        {"question_id": i, "image": image, "text": question} | ({"answer": question.split()[0]} if answers else {})
         for i, (image, question) in enumerate(zip(images, words(seed, len(images)), strict=True))
     ]
+
+
+def captions(count: int, seed: int = 0) -> dict:
+    """Two references for each row of a test file, as COCO has them."""
+    texts = words(seed, count)
+    return {
+        "images": [{"id": i + 1} for i in range(count)],
+        "annotations": [
+            {"id": 2 * i + j, "image_id": i + 1, "caption": text}
+            for i, line in enumerate(texts)
+            for j, text in enumerate((line, line.split()[0]))
+        ],
+    }

@@ -1,14 +1,16 @@
 """A learning rate of the heads' own."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from eblora_hf import EBLoRAConfig
+from eblora_hf import EBLoRAConfig, Task, TaskSequence
 from eblora_hf.manifold.optimizers import set_learning_rate
 
-from ..support.tiny import lora, make_model
+from ..support.tiny import lora, make_model, make_text_data
 from ..support.trainers import InterruptAt, InterruptionError, assert_same_files, load_published, make_trainer
 
 RATES = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -88,6 +90,26 @@ def test_an_optimizer_that_had_a_scheduler_before(tmp_path):
     set_learning_rate(optimizer, weights[1:], 2e-2)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-2]
+
+
+def test_a_task_may_have_another(tmp_path):
+    """For its own training alone; and its record says so."""
+    data = {name: make_text_data("bert", seed=i) for i, name in enumerate(("one", "two", "three"))}
+    rates = {"one": None, "two": 3e-3, "three": None}
+    tasks = TaskSequence([Task(name, rows, head_learning_rate=rates[name]) for name, rows in data.items()])
+    seen: list[set[float]] = []
+
+    class Rates(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            seen.append({group["initial_lr"] for group in optimizer.param_groups if group["params"]})
+
+    options = {"peft_config": HEADS, "eblora_config": EBLoRAConfig(head_learning_rate=2e-2)}
+    make_trainer(tmp_path, train_dataset=tasks, callbacks=[Rates()], **options).train()
+    assert seen == [{5e-3, 2e-2}, {5e-3, 3e-3}, {5e-3, 2e-2}]
+    records = [json.loads(path.read_text())["task"] for path in sorted(tmp_path.glob("tasks/*/training.json"))]
+    assert [record.get("head_learning_rate") for record in records] == [None, 3e-3, None]
+    with pytest.raises(ValueError, match=r"head_learning_rate=0\.003 of Task\('two'\).*no trained head"):
+        make_trainer(tmp_path / "none", kind="llama", train_dataset=tasks)
 
 
 def test_what_cannot_have_it_is_refused_before_anything_is_trained(tmp_path):

@@ -1,0 +1,147 @@
+"""The table of a benchmark out of published sequences: each task's accuracies and the means, over several seeds."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
+from ..metrics import accuracy_matrix, backward_transfer, forward_transfer, mean_average_accuracy, transfer
+from ..published.index import root_rows
+from ..published.sequence import PublishedSequence
+
+ZERO_SHOT = "zero_shot.json"  # beside a sequence: the accuracies of the pre-trained model by task
+# the tasks of each in its order
+BENCHMARKS = {
+    "ucit": "imagenet-r arxivqa vizwiz iconqa clevr-math flickr30k",
+    "mllm-dcl": "remote-sensing medical autonomous-driving science finance",
+    "mtil-order-1": "Aircraft Caltech101 CIFAR100 DTD EuroSAT Flowers Food MNIST OxfordPet StanfordCars SUN397",
+    "mtil-order-2": "StanfordCars Food MNIST OxfordPet Flowers SUN397 Aircraft Caltech101 DTD EuroSAT CIFAR100",
+}
+# FWT has two readings, which differ from three tasks on
+MEANS = {
+    "MAA": mean_average_accuracy,
+    "BWT": backward_transfer,
+    "FWT over pairs": forward_transfer,
+    "FWT over tasks": transfer,
+}
+
+
+@dataclass
+class Measured:
+    """
+    What was measured of a sequence, in percent.
+
+    Args:
+        matrix (`np.ndarray` of shape `(T, T)`): R, with the head that plain PEFT loads after each task, unless every
+            task has one of its own.
+        own (`np.ndarray` of shape `(T, T)`, *optional*): R with the head that each task was learnt with, where it is
+            another.
+        zero_shot (`np.ndarray` of shape `(T,)`, *optional*): Of the pre-trained model.
+    """
+
+    matrix: NDArray
+    own: NDArray | None
+    zero_shot: NDArray | None
+
+
+def benchmark_table(folders: list[Path], benchmark: str | None = None) -> dict[str, Any]:
+    """
+    The rows of a benchmark's table: by task and on average the accuracy at the end, over all steps and before it was
+    learnt, that of the pre-trained model, and the means over the matrix.
+
+    Args:
+        folders (`list[Path]`): Published sequences of the same tasks, one of each seed.
+        benchmark (`str`, *optional*): One of [`BENCHMARKS`], whose tasks they have to have learnt, all and in order.
+
+    Returns:
+        `dict`: `tasks`, `runs` (their number), `rows` and `means`: each by name a list of values of the runs, in
+        percent; a row's values are those of the tasks and, last, their mean. NaN is `None`.
+
+    Raises:
+        FileNotFoundError: if there is no sequence in a folder.
+        ValueError: if the sequences are of different tasks, or not of the benchmark's, or nothing was measured.
+    """
+    sequences = [PublishedSequence.open(folder) for folder in folders]
+    names = BENCHMARKS[benchmark].split() if benchmark else sequences[0].names
+    for folder, sequence in zip(folders, sequences, strict=True):
+        if sequence.names != names:
+            raise ValueError(
+                f"{folder} has learnt {', '.join(sequence.names) or 'nothing'}; expected {', '.join(names)}"
+                + (f", the tasks of {benchmark}." if benchmark else f", the tasks of {folders[0]}.")
+            )
+    runs = [_measured(folder, sequence) for folder, sequence in zip(folders, sequences, strict=True)]
+    rows: dict[str, list[NDArray]] = {"Last": [run.matrix[-1] for run in runs]}
+    if all(run.own is not None for run in runs):
+        rows["Last, each with its own head"] = [run.own[-1] for run in runs if run.own is not None]
+    rows["Avg"] = [run.matrix.mean(axis=0) for run in runs]
+    rows["Transfer"] = [_before_learnt(run.matrix) for run in runs]
+    if all(run.zero_shot is not None for run in runs):
+        rows["zero-shot"] = [run.zero_shot for run in runs if run.zero_shot is not None]
+    means = {name: [_plain(mean(run.matrix)) for run in runs] for name, mean in MEANS.items()}
+    return {
+        "tasks": names,
+        "runs": len(runs),
+        "rows": {name: [_with_mean(row) for row in values] for name, values in rows.items()},
+        "means": {"MFN": [_with_mean(run.matrix[-1])[-1] for run in runs]} | means,
+    }
+
+
+def _measured(folder: Path, sequence: PublishedSequence) -> Measured:
+    names = sequence.names
+    own = accuracy_matrix(names, [task.metrics for task in sequence.tasks])
+    if np.isnan(own).all():
+        raise ValueError(f"Nothing of {folder} was measured: train with an `eval_dataset` for each task.")
+    matrix = accuracy_matrix(names, root_rows(sequence.tasks, sequence.heads))
+    if sequence.heads == "per-task":  # no head at the end is for all of them
+        matrix = own
+    several = matrix is not own and any(task.root_metrics is not None for task in sequence.tasks)
+    return Measured(100 * matrix, 100 * own if several else None, _read_zero_shot(folder / ZERO_SHOT, names))
+
+
+def _read_zero_shot(path: Path, names: list[str]) -> NDArray | None:
+    if not path.is_file():
+        return None
+    try:
+        measured = TypeAdapter(dict[str, FiniteFloat]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} is not the accuracies of the pre-trained model by task: {error}") from error
+    return 100 * np.array([measured.get(name, math.nan) for name in names])
+
+
+def _before_learnt(matrix: NDArray) -> NDArray:
+    """Of each task the mean accuracy before it was learnt; the first has none."""
+    return np.array([matrix[:i, i].mean() if i else math.nan for i in range(len(matrix))])
+
+
+def _with_mean(row: NDArray) -> list[float | None]:
+    """A row and the mean of what it has; none where a value is missing that could have been measured."""
+    known = row[1:] if np.isnan(row[0]) and not np.isnan(row[1:]).any() and len(row) > 1 else row
+    return [_plain(value) for value in (*row, known.mean())]
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """The rows and the means as two Markdown tables, mean ± standard deviation (n - 1) over the runs."""
+    rows = [["", *table["tasks"], "mean"]]
+    rows += [[name, *map(_cell, zip(*values, strict=True))] for name, values in table["rows"].items()]
+    means = [list(table["means"]), [_cell(values) for values in table["means"].values()]]
+    return "\n".join(_lines(part) for part in (rows, means))
+
+
+def _lines(rows: list[list[str]]) -> str:
+    header, *others = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *others))
+
+
+def _cell(values: Any) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
+        return ""
+    return f"{np.mean(numbers):.1f}" + (f"±{np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else "")
