@@ -149,7 +149,7 @@ def table(
     folders: Annotated[list[Path], typer.Argument(help="Published sequences of the same tasks, one of each seed.")],
     benchmark: Annotated[
         str | None,
-        typer.Option(help="ucit, mllm-dcl, mtil-order-1 or mtil-order-2: all its tasks have to be there, in order."),
+        typer.Option(help="ucit, mllm-dcl, mtil-order-1, text-order-1…: all its tasks have to be there, in order."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="File for the same as JSON, run by run.")] = None,
 ) -> None:

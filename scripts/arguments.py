@@ -83,14 +83,18 @@ class LabelArguments(DataArguments):
     )
 
 
-def parse_arguments(model_arguments: type = ModelArguments, data_arguments: type = DataArguments) -> tuple:
+def parse_arguments(
+    model_arguments: type = ModelArguments,
+    data_arguments: type = DataArguments,
+    training_arguments: type = TrainingArguments,
+) -> tuple:
     """
     Reads the command line: flags, or the path of one `.yaml` or `.json` file with the same names; and sets the seed.
 
     Returns:
         `tuple`: The model's arguments, the data's, `TrainingArguments` and [`EBLoRAConfig`].
     """
-    parser = HfArgumentParser((model_arguments, data_arguments, TrainingArguments, EBLoRAConfig))
+    parser = HfArgumentParser((model_arguments, data_arguments, training_arguments, EBLoRAConfig))
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml", ".json")):
         values = read_file(Path(sys.argv[1]), "configuration file", dict)
         for dataclass_type in parser.dataclass_types:

@@ -19,6 +19,9 @@ BENCHMARKS = {
     "ucit": "imagenet-r arxivqa vizwiz iconqa clevr-math flickr30k",
     "mllm-dcl": "remote-sensing medical autonomous-driving science finance",
     "mtil-order-1": "Aircraft Caltech101 CIFAR100 DTD EuroSAT Flowers Food MNIST OxfordPet StanfordCars SUN397",
+    "text-order-1": "dbpedia amazon yahoo agnews",
+    "text-order-2": "dbpedia amazon agnews yahoo",
+    "text-order-3": "yahoo amazon agnews dbpedia",
     "mtil-order-2": "StanfordCars Food MNIST OxfordPet Flowers SUN397 Aircraft Caltech101 DTD EuroSAT CIFAR100",
 }
 # FWT has two readings, which differ from three tasks on

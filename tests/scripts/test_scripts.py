@@ -19,7 +19,7 @@ import yaml
 from peft import PeftModel
 
 from eblora_hf import EBLoRAConfig, PublishedSequence
-from eblora_hf.analysis.table import benchmark_table
+from eblora_hf.analysis.table import BENCHMARKS, benchmark_table
 
 from ..support import HUB_PORT, scripts_data
 from ..support.hub_server import TOKEN, HubServer
@@ -41,6 +41,7 @@ MODELS = {
     "run_text_classification": "bert",
     "run_image_classification": "vit",
     "run_clm": "llama",
+    "run_seq2seq": "t5",
     "run_vlm": "llava",
     "run_clip": "clip",
 }
@@ -48,6 +49,7 @@ BASES = {
     "run_text_classification": transformers.AutoModelForSequenceClassification,
     "run_image_classification": transformers.AutoModelForImageClassification,
     "run_clm": transformers.AutoModelForCausalLM,
+    "run_seq2seq": transformers.AutoModelForSeq2SeqLM,
     "run_vlm": transformers.AutoModelForImageTextToText,
     "run_clip": transformers.CLIPModel,
 }
@@ -69,6 +71,10 @@ TASKS = {
         {"name": "two", "dataset": "two", **FOLDER},
     ],
     "run_clm": [{"name": "one", **files("instructions.json")}, {"name": "two", **files("chats.json")}],
+    "run_seq2seq": [
+        {"name": "one", **files("one.csv"), **TEXT, "prompt": "w1 {labels} {text} w2"},
+        {"name": "two", **files("two.csv"), **TEXT},
+    ],
     "run_vlm": [
         {"name": "one", **files("llava.json", "llava_test.json"), "image_dir": "one"},
         {"name": "two", **files("llava.json"), "image_dir": "one"},
@@ -447,9 +453,63 @@ def test_a_benchmark_of_vision_language_models_runs(config, count, world, tmp_pa
     assert not {None} & {value for (value,) in table["means"].values()}
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_standard_text_benchmark(order, scripts, monkeypatch, tmp_path):
+    orders = {1: "dbpedia amazon yahoo agnews", 2: "dbpedia amazon agnews yahoo", 3: "yahoo amazon agnews dbpedia"}
+    run = scripts("run_seq2seq")
+    (tmp_path / "run.yaml").write_text((CONFIGS / f"text-order-{order}.yaml").read_text() + "\nuse_cpu: true\n")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "run.yaml")])
+    parse = scripts("arguments").parse_arguments
+    _, data, training, _ = parse(run.ModelArguments, run.TextArguments, run.Seq2SeqTrainingArguments)
+    assert [task["name"] for task in data.tasks] == orders[order].split() == BENCHMARKS[f"text-order-{order}"].split()
+    assert {task["name"]: len(task["labels"]) for task in data.tasks} == TEXT_LABELS
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
+    assert (training.learning_rate, training.lr_scheduler_type, training.num_train_epochs) == (1e-3, "constant", 1)
+
+
+TEXT_LABELS = {"dbpedia": 14, "amazon": 5, "yahoo": 10, "agnews": 4}
+# as O-LoRA's released code makes it of a row, its labels and the names of its task
+QUESTION = """Task:TC
+Dataset:agnews
+What is the topic of the following paragraph? Choose one from the option.
+Option: World, Sports, Business, Science or Technology\x20
+A {text} about w1
+Answer:"""
+
+
+def test_the_question_is_the_released_one(scripts):
+    run, tasks = scripts("run_seq2seq"), yaml.safe_load((CONFIGS / "text-order-1.yaml").read_text())["tasks"]
+    rows = datasets.Dataset.from_list([{"text": "A {text} about w1", "label": "Sports"}] * 3)
+    options = {key: tasks[3][key] for key in ("prompt", "labels")}
+    task = scripts("common").TaskData(scripts("common").Task("agnews", ()), rows, rows, options)
+    run.as_questions(task, 2)
+    assert list(task.train["text"]) == [QUESTION] * 2
+    assert list(task.validation["target"]) == ["Sports"] * 3
+    wrong = datasets.Dataset.from_list([{"text": "w1", "label": "Cooking"}])
+    with pytest.raises(ValueError, match=r"'agnews' has the label\(s\) 'Cooking'.*'World', 'Sports'"):
+        run.as_questions(scripts("common").TaskData(task.task, wrong, wrong, options), None)
+    with pytest.raises(ValueError, match=r"prompt='why\?', which needs \{text\}"):
+        run.as_questions(scripts("common").TaskData(task.task, rows, rows, {"prompt": "why?"}), None)
+
+
+def test_the_standard_text_benchmark_runs(world, tmp_path):
+    few = {"total_train_batch_size": 8, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    tasks = tiny("text-order-3.yaml", 4, world / "t5", tmp_path, max_target_length=4, **few)
+    for i, task in enumerate(tasks):
+        for file in task["data_files"].values():
+            texts = scripts_data.words(i, 8)
+            rows = [{"label": task["labels"][j % 4], "sentence": text} for j, text in enumerate(texts)]
+            scripts_data.write_json(tmp_path / file, rows)
+    start("run_seq2seq", str(tmp_path / "arguments.yaml"), cache=tmp_path / "cache")
+    check_published(tmp_path / "out", [task["name"] for task in tasks])
+    table = benchmark_table([tmp_path / "out"], "text-order-3")
+    assert set(table["rows"]) == {"Last", "Avg", "Transfer", "zero-shot"}
+
+
 def test_mtil_runs(world, tmp_path):
     tasks = tiny("mtil-order-2.yaml", 4, world / "clip", tmp_path, max_steps=1, per_device_train_batch_size=4)
     for task in tasks:
         scripts_data.write_images(tmp_path / task["dataset"], ["red", "green"], size=2)
     start("run_clip", str(tmp_path / "arguments.yaml"), cache=tmp_path / "cache")
     check_published(tmp_path / "out", MTIL[2].split()[:4])
+    assert set(benchmark_table([tmp_path / "out"])["rows"]) == {"Last", "Avg", "Transfer", "zero-shot"}

@@ -96,6 +96,19 @@ def save_model(kind: str, folder: Path) -> str:
         model, others = transformers.ViTModel(config), [processor]
     elif kind == "llama":
         model, others = transformers.LlamaForCausalLM(llama_config()), [make_tokenizer()]
+    elif kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=len(VOCABULARY),
+            d_model=32,
+            d_kv=16,
+            d_ff=48,
+            num_layers=2,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+        model, others = transformers.T5ForConditionalGeneration(config), [make_tokenizer()]
     elif kind == "llava":
         config = transformers.LlavaConfig(
             vision_config=transformers.CLIPVisionConfig(**clip_vision_config()),
