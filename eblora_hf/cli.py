@@ -145,6 +145,36 @@ def repair(folder: Annotated[Path, typer.Argument(help="Folder of a sequence, an
 
 
 @app.command()
+def show(
+    sequence: Annotated[str, typer.Argument(help="Folder of a sequence, user/repo or user/repo@revision.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+) -> None:
+    """
+    Show what a sequence has learnt and kept: tasks, accuracies, size, and the room for more.
+
+    Every file is verified against the index on the way.
+    """
+    import json
+
+    from .analysis.commands import print_table
+    from .analysis.overview import describe_sequence, sentences, tables
+    from .published.loading import fetch_sequence
+
+    try:
+        described = describe_sequence(fetch_sequence(sequence))
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(described, indent=2, allow_nan=False))
+        return
+    for title, header, rows in tables(described):
+        print_table(title, header, rows)
+    for line in sentences(described):
+        typer.echo(line)
+
+
+@app.command()
 def table(
     folders: Annotated[list[Path], typer.Argument(help="Published sequences of the same tasks, one of each seed.")],
     benchmark: Annotated[

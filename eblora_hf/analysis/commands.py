@@ -70,7 +70,7 @@ def spectra(
                 rows += [
                     ("", name, *(_cells(spectrum) if spectrum else ["no update"])) for name, spectrum in single.items()
                 ]
-        _print_table("", ("adapter", "layer", "σ₁²/Σσ²", "effective rank", "σᵢ/σ₁"), rows)
+        print_table("", ("adapter", "layer", "σ₁²/Σσ²", "effective rank", "σᵢ/σ₁"), rows)
         if output is not None:
             from .plots import plot_spectra
 
@@ -159,7 +159,7 @@ def merging(
         for seed in chosen_seeds:
             merges += experiment.run_seed(seed, chosen_counts, typer.echo)
         table = experiment.over_seeds(merges)
-        _print_table(
+        print_table(
             f"Normalised accuracy index in percent, test split, {len(chosen_seeds)} seed(s)",
             ("adapters", "variant", "weight 1", "weight tuned", "tuned weight"),
             [
@@ -168,7 +168,7 @@ def merging(
             ],
         )
         gains = experiment.gains(merges)
-        _print_table(
+        print_table(
             "Gain over raw adapters in points, paired by seed, with its 95 % interval",
             ("adapters", "variant", "weight 1", "weight tuned"),
             [(str(count), name, str(row["nai"]), str(row["tuned_nai"])) for (count, name), row in gains.items()],
@@ -226,7 +226,7 @@ def interference(
             {**vars(row), "room": row.room, "rank": ranks[row.layer], "fits": row.room >= ranks[row.layer]}
             for row in rows
         ]
-        _print_table(
+        print_table(
             "Energy of the new task's gradient inside the basis of earlier tasks",
             ("layer", "share", "basis", "room", "rank fits"),
             [
@@ -292,7 +292,8 @@ def _cells(spectrum: Any) -> tuple[str, str, str]:
     return f"{spectrum.top_energy:.3f}", f"{spectrum.effective_rank:.2f}", ratios
 
 
-def _print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; long cells are folded."""
     from rich.console import Console
     from rich.table import Column, Table
 
