@@ -42,7 +42,7 @@ def describe_sequence(sequence: PublishedSequence) -> dict[str, Any]:
     rows = root_rows(sequence.tasks, sequence.heads) if sequence.heads != "per-task" else None
     matrix = accuracy_matrix(names, rows or [task.metrics for task in sequence.tasks])
     measured = not np.isnan(matrix).all()
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {
             "name": task.name,
             "created": task.created,
