@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from arguments import DataArguments, as_number, read_file
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from eblora_hf import ContinualEBLoRATrainer, Task, TaskSequence
+from eblora_hf.published.files import json_bytes, write
 
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SOURCE = ("dataset", "config", "splits", "data_files", "columns")
@@ -45,7 +47,9 @@ class TaskData:
 
     def apply(self, function: Callable[[Dataset, str], Dataset]) -> None:
         """Replaces both data sets by what a function of the data and the name of the split makes of them."""
-        self.train, self.validation = function(self.train, "train"), function(self.validation, "validation")
+        self.train = function(self.train, "train")
+        if self.validation is not None:
+            self.validation = function(self.validation, "validation")
 
 
 def as_sequence(tasks: list[TaskData]) -> TaskSequence:
@@ -224,7 +228,7 @@ def accuracy(prediction) -> dict[str, float]:
 def learn(trainer: ContinualEBLoRATrainer, *, zero_shot: bool = False) -> None:
     """
     Learns the tasks and writes `train_results.json`, `eval_results.json`, `all_results.json` and the state; before it,
-    if asked to, `zero_shot.json` of the pre-trained model, unless that is there.
+    if asked to, `zero_shot.json` of the pre-trained model; what is in it is not measured again.
     """
     if zero_shot:
         _measure_pretrained(trainer, Path(trainer.args.output_dir) / "zero_shot.json")
@@ -249,13 +253,19 @@ def _metric(trainer: ContinualEBLoRATrainer) -> str:
 
 
 def _measure_pretrained(trainer: ContinualEBLoRATrainer, path: Path) -> None:
-    if path.is_file():
-        return
-    row, metric = {}, _metric(trainer)
+    """
+    Adds the tasks to a file of what the pre-trained model reaches on each that are not in it yet.
+
+    Raises:
+        ValueError: under FSDP, whose weights are whole only while it trains.
+    """
+    if trainer.is_fsdp_enabled:
+        raise ValueError("zero_shot: measure the pre-trained model without FSDP, in a run of its own.")
+    known: list[Any] = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}]
+    row, metric = broadcast_object_list(known)[0], _metric(trainer)  # one process says what there is
     with trainer.pretrained_model():
         for task in trainer.tasks:
-            if task.eval_dataset is not None:
+            if task.eval_dataset is not None and task.name not in row:
                 row[task.name] = trainer.evaluate({task.name: task.eval_dataset})[f"eval_{task.name}_{metric}"]
     if trainer.is_world_process_zero():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write(path, json_bytes(row))

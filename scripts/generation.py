@@ -57,6 +57,11 @@ def ask(task: TaskData, questions: list[Question], root: Path) -> None:
         task.validation = None
         return
     suffixes = suffix if isinstance(suffix, dict) else {OTHER: suffix}
+    if not all(isinstance(text, str) for pair in suffixes.items() for text in pair):
+        raise ValueError(
+            f"The task {task.name!r} has test_suffix={suffix!r}: expected a text, or a mapping from answers to texts; "
+            "YAML takes an unquoted Yes or No for a truth value."
+        )
     first = len(questions)
     questions += [Question(scorer, record, texts) for record, texts in zip(data, references, strict=True)]
     asked = [
@@ -131,6 +136,7 @@ class AnsweringTrainer(ContinualEBLoRATrainer):
     ) -> tuple[torch.Tensor | None, Any, Any]:
         if "questions" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.keep_switched()
         inputs = dict(self._prepare_inputs(inputs))
         questions = inputs.pop("questions")
         with torch.no_grad(), self.accelerator.autocast():

@@ -59,6 +59,8 @@ def as_questions(task: TaskData, samples_per_label: int | None) -> None:
     if "label" in task.train.column_names:
         name_labels(task)
         task.apply(lambda data, split: data.rename_column("label", "target"))
+    if named is not None and not (isinstance(named, list) and all(isinstance(label, str) for label in named)):
+        raise ValueError(f"The task {task.name!r} has labels={named!r}: expected a list of texts.")
     known = named or sorted(task.train.unique("target"))
     unknown = sorted({label for data in (task.train, task.validation) for label in data.unique("target")} - set(known))
     if named and unknown:
@@ -105,8 +107,9 @@ def main() -> None:
         ModelArguments, TextArguments, Seq2SeqTrainingArguments
     )
     tasks = load_tasks(data_args, forms=[("text", "label"), ("text", "target")], options=["prompt", "labels"])
-    for task in tasks:
-        as_questions(task, data_args.samples_per_label)
+    with training_args.main_process_first():
+        for task in tasks:
+            as_questions(task, data_args.samples_per_label)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
 
@@ -119,7 +122,7 @@ def main() -> None:
         for task in tasks:
             task.apply(lambda data, split: data.map(encode, batched=True, remove_columns=data.column_names))
     training_args.predict_with_generate = True
-    training_args.generation_max_length = data_args.max_target_length
+    training_args.generation_max_length = data_args.max_target_length + 1  # with the token that starts it
 
     model = AutoModelForSeq2SeqLM.from_pretrained(name, **model_args.loading)
     trainer = ContinualEBLoRASeq2SeqTrainer(

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = ["eblora-hf", "datasets>=4", "pillow", "pyyaml"]
+# dependencies = ["eblora-hf[captions]", "datasets>=4", "pillow", "pyyaml"]
 #
 # [tool.uv.sources]
 # eblora-hf = { path = ".." }
@@ -32,7 +32,7 @@ from common import TaskData, as_sequence, largest, learn, load_tasks
 from datasets import Dataset
 from generation import AnsweringTrainer, AnswerScores, Question, ask
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaImageProcessor
 
 ROLES = {"human": "user", "gpt": "assistant"}
 IMAGE_TOKENS = 128  # that a picture counts for among the words of a record
@@ -52,7 +52,8 @@ class VisionLanguageArguments(ModelArguments):
         },
     )
     chat_template: Optional[str] = field(  # noqa: UP045 - HfArgumentParser needs it on Python 3.10
-        default=None, metadata={"help": "File of a chat template instead of the model's own, from this folder."}
+        default=None,
+        metadata={"help": "File of a chat template instead of the model's own; also from the folder of the scripts."},
     )
     system_prompt: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "What a conversation begins with; the chat template has to write it."}
@@ -71,7 +72,13 @@ class VisionLanguageArguments(ModelArguments):
         """
         processor = AutoProcessor.from_pretrained(self.model_name_or_path, revision=self.model_revision)
         if self.chat_template is not None:
-            processor.chat_template = (Path(__file__).parent / self.chat_template).read_text(encoding="utf-8")
+            paths = [folder / self.chat_template for folder in (Path(), Path(__file__).parent)]
+            found = [path for path in paths if path.is_file()]
+            if not found:
+                raise FileNotFoundError(
+                    f"chat_template={self.chat_template!r}: there is no {' and no '.join(map(str, paths))}."
+                )
+            processor.chat_template = found[0].read_text(encoding="utf-8")
         if self.system_prompt is not None:
             messages = as_messages({"text": "?", "answer": "!"}, self.system_prompt)
             if self.system_prompt not in processor.apply_chat_template(messages, tokenize=False):
@@ -80,13 +87,17 @@ class VisionLanguageArguments(ModelArguments):
                     "--chat_template."
                 )
         if self.pad_images:
-            if not hasattr(processor.image_processor, "do_pad"):
-                raise ValueError(
-                    f"pad_images=True, but {type(processor.image_processor).__name__} does not pad to squares: use a "
-                    "model of the LLaVA kind whose processor is a LlavaImageProcessor."
-                )
-            processor.image_processor.do_pad = True
+            processor.image_processor = self._padding(processor.image_processor)
         return processor
+
+    def _padding(self, made: Any) -> LlavaImageProcessor:
+        """One that pads, with the settings of the model's own: that of LLaVA 1.5 is saved as CLIP's, which crops."""
+        if not type(made).__name__.startswith(("CLIP", "Llava")):
+            raise ValueError(
+                f"pad_images=True, but {type(made).__name__} is no processor of a model of the LLaVA 1.5 kind, whose "
+                "pictures are padded to squares."
+            )
+        return LlavaImageProcessor.from_pretrained(self.model_name_or_path, revision=self.model_revision, do_pad=True)
 
 
 def as_messages(record: dict, system_prompt: str | None = None) -> list[dict]:
@@ -174,6 +185,9 @@ def with_images(data: Dataset, split: str, task: TaskData, folder: Path) -> Data
             f"The {split} data of the task {task.name!r} has no column 'answer' beside 'text': only a task with a "
             "'scorer' for captions is evaluated without."
         )
+    for column in {"text", "answer"} & set(data.column_names):
+        if any(not isinstance(value, str) for value in data[column]):
+            raise ValueError(f"The {split} data of the task {task.name!r} has values in {column!r} that are no text.")
     data = data.map(lambda path: {"image": str(folder / path)}, input_columns="image")
     return data.map(lambda record: {"length": count_words(record)})  # for group_by_length
 
@@ -199,6 +213,9 @@ def main() -> None:
                 ask(task, questions, root)
     if questions and any("scorer" not in task.options for task in tasks):
         raise ValueError("Some tasks have a 'scorer' and others have none: a matrix is of one metric.")
+
+    if questions:
+        training_args.metric_for_best_model = training_args.metric_for_best_model or "score"
 
     processor = model_args.processor()
     training_args.remove_unused_columns = False  # the collator reads the records

@@ -1,6 +1,7 @@
 """The table of a benchmark out of published sequences: each task's accuracies and the means, over several seeds."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,14 @@ def benchmark_table(folders: list[Path], benchmark: str | None = None) -> dict[s
     rows["Transfer"] = [_before_learnt(run.matrix) for run in runs]
     if all(run.zero_shot is not None for run in runs):
         rows["zero-shot"] = [run.zero_shot for run in runs if run.zero_shot is not None]
-    means = {name: [_plain(mean(run.matrix)) for run in runs] for name, mean in MEANS.items()}
+    means = {name: [_mean_of(mean, run.matrix) for run in runs] for name, mean in MEANS.items()}
     return {
         "tasks": names,
         "runs": len(runs),
-        "rows": {name: [_with_mean(row) for row in values] for name, values in rows.items()},
+        "rows": {
+            name: [_with_mean(row, first=1 if name == "Transfer" else 0) for row in values]
+            for name, values in rows.items()
+        },
         "means": {"MFN": [_with_mean(run.matrix[-1])[-1] for run in runs]} | means,
     }
 
@@ -115,15 +119,19 @@ def _read_zero_shot(path: Path, names: list[str]) -> NDArray | None:
     return 100 * np.array([measured.get(name, math.nan) for name in names])
 
 
+def _mean_of(mean: Callable[[NDArray], float], matrix: NDArray) -> float | None:
+    """`None` unless all is measured: a mean over the others would be of another benchmark."""
+    return None if np.isnan(matrix).any() else _plain(mean(matrix))
+
+
 def _before_learnt(matrix: NDArray) -> NDArray:
     """Of each task the mean accuracy before it was learnt; the first has none."""
     return np.array([matrix[:i, i].mean() if i else math.nan for i in range(len(matrix))])
 
 
-def _with_mean(row: NDArray) -> list[float | None]:
-    """A row and the mean of what it has; none where a value is missing that could have been measured."""
-    known = row[1:] if np.isnan(row[0]) and not np.isnan(row[1:]).any() and len(row) > 1 else row
-    return [_plain(value) for value in (*row, known.mean())]
+def _with_mean(row: NDArray, first: int = 0) -> list[float | None]:
+    """A row and the mean of it from a position on: `None` if a value of these is missing."""
+    return [_plain(value) for value in (*row, row[first:].mean() if len(row) > first else math.nan)]
 
 
 def _plain(value: float) -> float | None:

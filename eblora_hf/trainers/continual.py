@@ -275,7 +275,8 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
             self.start_from(start)
             self.forget_plan()
         else:
-            self.resume_from(checkpoint)
+            with as_task(self, task, self._checkpoint_folder(task)):
+                self.resume_from(checkpoint)
         check_same_everywhere(self.start_tensors())
         self.begun.begin_task(task.name)
 

@@ -17,6 +17,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..config import EBLoRAConfig
 from ..tasks import TaskSequence
@@ -75,3 +76,8 @@ class ContinualEBLoRASeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
             protect_data=protect_data,
             anchor=anchor,
         )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The parent gathers rows that even batches have repeated, too: numbers then depend on the processes."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)

@@ -69,6 +69,22 @@ def test_seeds_zero_shot_and_the_newest_head(tmp_path):
     assert "| 65.0±7.1 |" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_task_that_was_not_measured_leaves_the_means_void(tmp_path, missing):
+    """Whichever it is: a mean over the others would be of another benchmark."""
+    rows = [[value for i, value in enumerate(row) if i != missing] for row in ROWS]
+    names = [name for i, name in enumerate("abc") if i != missing]
+    folder = published(tmp_path, ROWS)
+    index = json.loads((folder / "eblora_sequence.json").read_text())
+    for task, row in zip(index["tasks"], rows, strict=True):
+        task["metrics"] = dict(zip(names, row, strict=True))
+    (folder / "eblora_sequence.json").write_text(json.dumps(index))
+    table = benchmark_table([folder])
+    assert table["rows"]["Last"][0][missing] is None
+    assert table["rows"]["Last"][0][-1] is None
+    assert set(map(tuple, table["means"].values())) == {(None,)}
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path):
     one, two = published(tmp_path / "1", ROWS), published(tmp_path / "2", ROWS, names=("a", "b", "d"))
     with pytest.raises(ValueError, match=r"2 has learnt a, b, d; expected a, b, c, the tasks of .*1"):

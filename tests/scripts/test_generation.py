@@ -69,6 +69,20 @@ def test_pictures_are_padded_with_the_mean(scripts, llava):
     assert pixels[:, 4].min() > 1.0  # white
 
 
+def test_what_the_processor_cannot_do_is_refused(scripts, llava, tmp_path):
+    arguments = scripts("run_vlm").VisionLanguageArguments(
+        llava, system_prompt="Be brief.", chat_template="nowhere.jinja"
+    )
+    with pytest.raises(FileNotFoundError, match=r"there is no nowhere\.jinja and no .*scripts/nowhere\.jinja"):
+        arguments.processor()
+    arguments.chat_template = str(tmp_path / "own.jinja")
+    (tmp_path / "own.jinja").write_text("{{ messages[-1].content[0].text }}")
+    with pytest.raises(ValueError, match=r"leaves out system_prompt='Be brief\.'"):
+        arguments.processor()
+    with pytest.raises(ValueError, match="ViTImageProcessor is no processor of a model of the LLaVA"):
+        arguments._padding(type("ViTImageProcessor", (), {})())
+
+
 def test_a_batch_of_questions_ends_with_the_prompt(scripts, llava, tmp_path):
     made, system = processor(scripts, llava, "ucit.yaml")
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
@@ -101,6 +115,12 @@ def test_suffixes_by_answer_and_the_positions_of_questions(scripts):
     assert list(task.validation["text"]) == ["q0" + yes, "q1" + letter, "q2" + yes]
     assert list(task.validation["question"]) == [1, 2, 3]
     assert [question.record for question in questions[1:]] == ROWS  # as they are in the file
+
+
+def test_a_suffix_under_an_unquoted_yes_is_refused(scripts):
+    task = task_data(scripts, ROWS, scorer="choice", test_suffix=yaml.safe_load("{Yes: ' Be brief.'}"))
+    with pytest.raises(ValueError, match="unquoted Yes or No"):
+        scripts("generation").ask(task, [], Path())
 
 
 def test_a_test_file_without_answers_leaves_its_task_out(scripts, monkeypatch):

@@ -50,10 +50,6 @@ def image_processor() -> transformers.CLIPImageProcessor:
     )
 
 
-def padding_image_processor() -> transformers.LlavaImageProcessor:
-    return transformers.LlavaImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-
-
 def llama_config() -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -117,7 +113,7 @@ def save_model(kind: str, folder: Path) -> str:
             vision_feature_layer=-1,
         )
         processor = transformers.LlavaProcessor(
-            image_processor=padding_image_processor(),
+            image_processor=image_processor(),  # as that of LLaVA 1.5 is saved
             tokenizer=make_tokenizer(),
             patch_size=4,
             vision_feature_select_strategy="default",

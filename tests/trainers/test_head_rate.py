@@ -112,6 +112,26 @@ def test_a_task_may_have_another(tmp_path):
         make_trainer(tmp_path / "none", kind="llama", train_dataset=tasks)
 
 
+def test_a_task_with_a_rate_of_its_own_resumes_to_the_same_bits(tmp_path):
+    data = {name: make_text_data("bert", seed=i) for i, name in enumerate(("one", "two"))}
+    options = {
+        "peft_config": HEADS,
+        "eblora_config": EBLoRAConfig(head_learning_rate=2e-2),
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+
+    def trainer(folder, **further):
+        tasks = TaskSequence([Task("one", data["one"]), Task("two", data["two"], head_learning_rate=3e-3)])
+        return make_trainer(folder, train_dataset=tasks, **options, **further)
+
+    trainer(tmp_path / "whole").train()
+    with pytest.raises(InterruptionError):
+        trainer(tmp_path / "parts", callbacks=[InterruptAt("two", 3)]).train()
+    trainer(tmp_path / "parts").train(resume_from_checkpoint=True)
+    assert_same_files(load_published(tmp_path / "whole"), load_published(tmp_path / "parts"))
+
+
 def test_what_cannot_have_it_is_refused_before_anything_is_trained(tmp_path):
     config = EBLoRAConfig(head_learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"head_learning_rate=0\.001.*no trained head.*modules_to_save"):
