@@ -184,9 +184,7 @@ class ContinualMixin(PublishingMixin, BeginningMixin):
                 self.earlier_tasks.leave(self.model)
         return joined_output(self._outputs, self.continual_metrics())
 
-    def _learn_all(
-        self, tasks: TaskSequence, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None
-    ) -> None:
+    def _learn_all(self, tasks: TaskSequence, resume: str | bool | None, trial: Any, ignore_keys: Any) -> None:
         if not self.is_fsdp_enabled:
             broadcast_model(self.model)  # before the first snapshot, which comes before accelerate does it
         self.begin_sequence(tasks.names, resuming=bool(resume))

@@ -326,7 +326,9 @@ def test_the_docs_show_the_committed_results():
     assert ablations in page
     text = of["text"]
     for method in ("eblora", "eblora-anchor"):
-        assert all(text[method][seed]["MFN"] - text["lora"][seed]["MFN"] >= 3 for seed in range(5))
+        gains = np.array([text[method][seed]["MFN"] - text["lora"][seed]["MFN"] for seed in range(5)])
+        assert gains.min() > 0
+        assert gains.mean() > max(gains.std(ddof=1), np.std([text["lora"][s]["MFN"] for s in range(5)], ddof=1))
         assert all(text[method][seed]["LA"] >= text["lora"][seed]["LA"] - 2 for seed in range(5))
     assert all(text["eblora-anchor"][seed]["similarity"] > text["lora"][seed]["similarity"] for seed in range(5))
     mean = {method: np.mean([run["MFN"] for run in runs.values()]) for method, runs in of["long"].items()}
