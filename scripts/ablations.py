@@ -26,10 +26,8 @@ ROWS: dict[str, tuple[str, dict]] = {
     "balance (EBO)": ("ebo", {}),
     "balance + anchor": ("ebo", {"anchor": "rows"}),
     "balance + penalty": ("eblora", {"max_basis_fraction": 1e-9}),
-    "balance + basis": (
-        "eblora",
-        {"penalty_weight": 0.0, "scale_lr": 0.02},
-    ),  # smaller steps of s, as `"auto"` takes them
+    # smaller steps of s, as `"auto"` takes them
+    "balance + basis": ("eblora", {"penalty_weight": 0.0, "scale_lr": 0.02}),
     "balance + basis + penalty, the default": ("eblora", {}),
     "balance + basis + anchor": ("eblora-anchor", {"penalty_weight": 0.0}),
     "balance + basis + penalty + anchor": ("eblora-anchor", {}),

@@ -1,15 +1,15 @@
 """What a published sequence is, at a glance: its tasks, what is left of them, its size and the room for more."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ..metrics import accuracy_matrix, continual_metrics
+from ..metrics import continual_metrics
 from ..published.adapter_files import read_adapter_file
-from ..published.index import ADAPTER, ADAPTER_CONFIG, SUBSPACE, root_rows
+from ..published.index import ADAPTER, ADAPTER_CONFIG, SUBSPACE
 from ..published.sequence import PublishedSequence
+from .table import plain, published_matrix
 
 _IN_WORDS = {
     "MFN": "mean accuracy after the last task",
@@ -38,9 +38,8 @@ def describe_sequence(sequence: PublishedSequence) -> dict[str, Any]:
     Raises:
         ValueError: if a file of it is not what it should be; the message names it.
     """
-    names, records = sequence.names, sequence.training()
-    rows = root_rows(sequence.tasks, sequence.heads) if sequence.heads != "per-task" else None
-    matrix = accuracy_matrix(names, rows or [task.metrics for task in sequence.tasks])
+    records = sequence.training()
+    matrix = published_matrix(sequence)
     measured = not np.isnan(matrix).all()
     tasks: list[dict[str, Any]] = [
         {
@@ -63,8 +62,8 @@ def describe_sequence(sequence: PublishedSequence) -> dict[str, Any]:
         "bases": sequence.bases_at,
         "tasks": tasks,
         "metric": records[-1].get("metric") if measured else None,
-        "matrix": [[_plain(value) for value in row] for row in matrix] if measured else None,
-        "metrics": {name: _plain(value) for name, value in continual_metrics(matrix).items()} if measured else None,
+        "matrix": [[plain(value) for value in row] for row in matrix] if measured else None,
+        "metrics": {name: plain(value) for name, value in continual_metrics(matrix).items()} if measured else None,
         "room": _room(sequence),
         "root_rank": read_adapter_file(sequence.folder / ADAPTER_CONFIG).r,
         "megabytes": sum(task["megabytes"] for task in tasks) + _megabytes(sequence, (ADAPTER, ADAPTER_CONFIG)),
@@ -84,10 +83,6 @@ def _room(sequence: PublishedSequence) -> dict[str, Any] | None:
     free = {name: 1.0 - basis.shape[1] / basis.shape[0] for name, basis in sequence.bases().items()}
     layer = min(free, key=lambda name: free[name])
     return {"mean": sum(free.values()) / len(free), "least": free[layer], "layer": layer}
-
-
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def tables(described: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:

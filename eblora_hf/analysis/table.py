@@ -20,10 +20,10 @@ BENCHMARKS = {
     "ucit": "imagenet-r arxivqa vizwiz iconqa clevr-math flickr30k",
     "mllm-dcl": "remote-sensing medical autonomous-driving science finance",
     "mtil-order-1": "Aircraft Caltech101 CIFAR100 DTD EuroSAT Flowers Food MNIST OxfordPet StanfordCars SUN397",
+    "mtil-order-2": "StanfordCars Food MNIST OxfordPet Flowers SUN397 Aircraft Caltech101 DTD EuroSAT CIFAR100",
     "text-order-1": "dbpedia amazon yahoo agnews",
     "text-order-2": "dbpedia amazon agnews yahoo",
     "text-order-3": "yahoo amazon agnews dbpedia",
-    "mtil-order-2": "StanfordCars Food MNIST OxfordPet Flowers SUN397 Aircraft Caltech101 DTD EuroSAT CIFAR100",
 }
 # FWT has two readings, which differ from three tasks on
 MEANS = {
@@ -67,7 +67,8 @@ def benchmark_table(folders: list[Path], benchmark: str | None = None) -> dict[s
 
     Raises:
         FileNotFoundError: if there is no sequence in a folder.
-        ValueError: if the sequences are of different tasks, or not of the benchmark's, or nothing was measured.
+        ValueError: if the sequences are of different tasks, or not of the benchmark's; if nothing was measured, or the
+            loss alone; or if some have been measured before training and others not.
     """
     sequences = [PublishedSequence.open(folder) for folder in folders]
     names = BENCHMARKS[benchmark].split() if benchmark else sequences[0].names
@@ -83,7 +84,13 @@ def benchmark_table(folders: list[Path], benchmark: str | None = None) -> dict[s
         rows["Last, each with its own head"] = [run.own[-1] for run in runs if run.own is not None]
     rows["Avg"] = [run.matrix.mean(axis=0) for run in runs]
     rows["Transfer"] = [_before_learnt(run.matrix) for run in runs]
-    if all(run.zero_shot is not None for run in runs):
+    lacking = [str(folder) for folder, run in zip(folders, runs, strict=True) if run.zero_shot is None]
+    if 0 < len(lacking) < len(runs):
+        raise ValueError(
+            f"{', '.join(lacking)} has no {ZERO_SHOT}, but others have: measure it there with --zero_shot, or put the "
+            "files of the others away."
+        )
+    if not lacking:
         rows["zero-shot"] = [run.zero_shot for run in runs if run.zero_shot is not None]
     means = {name: [_mean_of(mean, run.matrix) for run in runs] for name, mean in MEANS.items()}
     return {
@@ -97,16 +104,26 @@ def benchmark_table(folders: list[Path], benchmark: str | None = None) -> dict[s
     }
 
 
+def published_matrix(sequence: PublishedSequence) -> NDArray:
+    """R `(T, T)` with the head that plain PEFT loads after each task, unless every task has one of its own."""
+    per_task = sequence.heads == "per-task"  # no head at the end is for all of them
+    rows = [task.metrics for task in sequence.tasks] if per_task else root_rows(sequence.tasks, sequence.heads)
+    return accuracy_matrix(sequence.names, rows)
+
+
 def _measured(folder: Path, sequence: PublishedSequence) -> Measured:
-    names = sequence.names
-    own = accuracy_matrix(names, [task.metrics for task in sequence.tasks])
-    if np.isnan(own).all():
+    matrix, names = published_matrix(sequence), sequence.names
+    if np.isnan(matrix).all():
         raise ValueError(f"Nothing of {folder} was measured: train with an `eval_dataset` for each task.")
-    matrix = accuracy_matrix(names, root_rows(sequence.tasks, sequence.heads))
-    if sequence.heads == "per-task":  # no head at the end is for all of them
-        matrix = own
-    several = matrix is not own and any(task.root_metrics is not None for task in sequence.tasks)
-    return Measured(100 * matrix, 100 * own if several else None, _read_zero_shot(folder / ZERO_SHOT, names))
+    if any(record.get("metric") == "loss" for record in sequence.training()):
+        raise ValueError(
+            f"What {folder} has of its tasks is the loss: train with `compute_metrics`, and name an accuracy with "
+            "`metric_for_best_model`."
+        )
+    own = None
+    if sequence.heads != "per-task" and any(task.root_metrics is not None for task in sequence.tasks):
+        own = 100 * accuracy_matrix(names, [task.metrics for task in sequence.tasks])
+    return Measured(100 * matrix, own, _read_zero_shot(folder / ZERO_SHOT, names))
 
 
 def _read_zero_shot(path: Path, names: list[str]) -> NDArray | None:
@@ -121,7 +138,7 @@ def _read_zero_shot(path: Path, names: list[str]) -> NDArray | None:
 
 def _mean_of(mean: Callable[[NDArray], float], matrix: NDArray) -> float | None:
     """`None` unless all is measured: a mean over the others would be of another benchmark."""
-    return None if np.isnan(matrix).any() else _plain(mean(matrix))
+    return None if np.isnan(matrix).any() else plain(mean(matrix))
 
 
 def _before_learnt(matrix: NDArray) -> NDArray:
@@ -131,10 +148,11 @@ def _before_learnt(matrix: NDArray) -> NDArray:
 
 def _with_mean(row: NDArray, first: int = 0) -> list[float | None]:
     """A row and the mean of it from a position on: `None` if a value of these is missing."""
-    return [_plain(value) for value in (*row, row[first:].mean() if len(row) > first else math.nan)]
+    return [plain(value) for value in (*row, row[first:].mean() if len(row) > first else math.nan)]
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else float(value)
 
 

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from eblora_hf.analysis.table import as_markdown, benchmark_table
 from eblora_hf.cli import app
 
-from ..support.sequences import append, new_sequence
+from ..support.sequences import adapter, append, new_sequence
+from ..support.tiny import lora
 
 ROWS = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.5, 0.6, 0.7]]
 
@@ -91,6 +92,16 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         benchmark_table([one, two])
     with pytest.raises(ValueError, match=r"expected imagenet-r, arxivqa.*the tasks of ucit"):
         benchmark_table([one], "ucit")
+    three = published(tmp_path / "three", ROWS)
+    (three / "zero_shot.json").write_text('{"a": 0.1, "b": 0.2, "c": 0.3}')
+    with pytest.raises(ValueError, match=r"1 has no zero_shot\.json, but others have"):
+        benchmark_table([one, three])
+    loss = new_sequence(tmp_path / "loss")
+    loss.append(
+        "a", adapter(0), lora(target_modules=["query"]), None, steps=5, metrics={"a": 2.5}, training={"metric": "loss"}
+    )
+    with pytest.raises(ValueError, match=r"loss has of its tasks is the loss"):
+        benchmark_table([tmp_path / "loss"])
     (one / "zero_shot.json").write_text('{"a": "high"}')
     with pytest.raises(ValueError, match=r"zero_shot\.json is not the accuracies"):
         benchmark_table([one])

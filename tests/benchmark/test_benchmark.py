@@ -327,7 +327,8 @@ def test_the_docs_show_the_committed_results():
     text = of["text"]
     for method in ("eblora", "eblora-anchor"):
         gains = np.array([text[method][seed]["MFN"] - text["lora"][seed]["MFN"] for seed in range(5)])
-        assert gains.min() > 0
+        assert gains.min() > 1.5
+        assert gains.mean() > 6
         assert gains.mean() > max(gains.std(ddof=1), np.std([text["lora"][s]["MFN"] for s in range(5)], ddof=1))
         assert all(text[method][seed]["LA"] >= text["lora"][seed]["LA"] - 2 for seed in range(5))
     assert all(text["eblora-anchor"][seed]["similarity"] > text["lora"][seed]["similarity"] for seed in range(5))
