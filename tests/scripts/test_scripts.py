@@ -122,10 +122,11 @@ def scripts(monkeypatch, tmp_path):
     transformers.utils.logging.set_verbosity(verbosity)
 
 
-def start(script: str, *arguments: str, cache: Path) -> None:
-    """Runs a script in a process of its own, without a network."""
+def start(script: str, *arguments: str, cache: Path, processes: int = 1) -> None:
+    """Runs a script in processes of its own, without a network."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPTS / f"{script}.py"), *arguments]
     done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -504,6 +505,45 @@ def test_the_standard_text_benchmark_runs(world, tmp_path):
     check_published(tmp_path / "out", [task["name"] for task in tasks])
     table = benchmark_table([tmp_path / "out"], "text-order-3")
     assert set(table["rows"]) == {"Last", "Avg", "Transfer", "zero-shot"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["run_seq2seq", "run_vlm"])
+def test_generated_answers_count_once_on_two_processes(script, world, tmp_path):
+    """Of five test rows the first alone is answered right: even batches repeat it, and it must not count twice."""
+    if script == "run_seq2seq":
+        texts = scripts_data.words(0, 5)
+        model, tokenizer = (
+            transformers.AutoModelForSeq2SeqLM.from_pretrained(world / "t5"),
+            scripts_data.make_tokenizer(),
+        )
+        said = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_length=51)[0]
+        answers = [tokenizer.decode(said, skip_special_tokens=True).strip(), *["w39 w39 w39"] * 4]
+        train = [{"text": text, "target": "w1"} for text in texts * 2]
+        test = [{"text": text, "target": answer} for text, answer in zip(texts, answers, strict=True)]
+        further, metric = {}, "accuracy"
+    else:
+        images = [str(world / f"one/train/red/{i}.png") for i in range(5)]
+        train, test = scripts_data.llava_records(images * 2), scripts_data.llava_test_records(images)
+        for row, record in enumerate(test):
+            record["answer"] = "" if row == 0 else "never said"  # which is within any answer, and within none
+        further, metric = {"scorer": "within"}, "score"
+    scripts_data.write_json(tmp_path / "train.json", train)
+    scripts_data.write_json(tmp_path / "test.json", test)
+    (tmp_path / "tasks.yaml").write_text(
+        yaml.safe_dump([{"name": "one", **files("train.json", "test.json"), **further}])
+    )
+    for processes in (1, 2):
+        out = tmp_path / f"out-{processes}"
+        start(
+            script,
+            *("--model_name_or_path", str(world / MODELS[script]), "--output_dir", str(out), *FEW),
+            *("--tasks", str(tmp_path / "tasks.yaml"), "--data_dir", str(tmp_path), "--zero_shot", "True"),
+            *("--per_device_eval_batch_size", "2", "--metric_for_best_model", metric),
+            cache=tmp_path / "cache",
+            processes=processes,
+        )
+        assert json.loads((out / "zero_shot.json").read_text()) == {"one": pytest.approx(1 / 5)}, processes
 
 
 def test_mtil_runs(world, tmp_path):
